@@ -1,0 +1,197 @@
+"""Binds the rooms to Ray Serve: the only file that knows them all.
+
+Two builders, named in serve_config.yaml. `front` makes the application that clients talk to, `model`
+makes one application per resident model. They are separate, because in one application a change of
+any `args` would restart every model.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.dispatcher import Dispatcher, ModelHandle
+from deployments.files.store import open_files
+from deployments.gateway import http, keys
+from deployments.gateway.gateway import Gateway
+from deployments.queue import open_queue
+from schemas.errors import NotReady, WorkerLost
+from schemas.fields import EndpointInput
+from schemas.jobs import Job, Update
+from schemas.settings import Catalogue, FrontSettings, ModelSettings
+
+logger = logging.getLogger("ray.serve")
+
+FRONT = "darkroom"  # the front application's name
+FRONT_CPUS = 0.1  # what Ray books for a gateway or a dispatcher
+WATCHERS = 10_000  # requests that a gateway replica takes at once; those that only wait are cheap
+HEALTH_CHECK_S = 5
+
+
+def front(settings: FrontSettings) -> Application:
+    """The gateway, which owns the HTTP port, and the dispatcher.
+
+    Both get the catalogue of models as `user_config`, so that a new model restarts neither.
+    """
+    digests = keys.parse(os.environ.get(settings.keys_env, ""))
+    dispatcher = serve.deployment(
+        _DispatcherReplica,
+        name="dispatcher",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": FRONT_CPUS},
+        health_check_period_s=HEALTH_CHECK_S,
+    )
+    gateway = serve.deployment(
+        serve.ingress()(_GatewayReplica),
+        name="gateway",
+        num_replicas=settings.gateway_replicas,
+        ray_actor_options={"num_cpus": FRONT_CPUS},
+        max_ongoing_requests=WATCHERS,
+        health_check_period_s=HEALTH_CHECK_S,
+    )
+    return gateway.bind(settings, digests, dispatcher.bind(settings))
+
+
+def model(settings: ModelSettings) -> Application:
+    """One resident model and the endpoints it serves."""
+    worker = serve.deployment(
+        _WorkerReplica,
+        name="worker",
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.min_replicas,
+            max_replicas=settings.max_replicas,
+            target_ongoing_requests=settings.concurrency,
+            look_back_period_s=5,
+            metrics_interval_s=1,
+            upscale_delay_s=2,
+        ),
+        max_ongoing_requests=settings.concurrency,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        health_check_period_s=HEALTH_CHECK_S,
+        max_constructor_retry_count=3,
+    )
+    return worker.bind(settings)
+
+
+class _GatewayReplica:
+    def __init__(
+        self, settings: FrontSettings, digests: dict[str, str], dispatcher: DeploymentHandle
+    ) -> None:
+        self._settings = settings
+        self._keys = keys.Keys(digests)
+        self._gateway: Gateway | None = None
+        self._catalogue = Catalogue(models={})
+        if not self._keys.are_required:
+            logger.warning(
+                "AUTHENTICATION IS OFF: whoever reaches this server may use it. Set %s to turn it on.",
+                settings.keys_env,
+            )
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        return http.build(self._opened(), self._keys, self._ready)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        self._catalogue = Catalogue.model_validate(user_config)
+        self._opened().configure(self._catalogue)
+
+    async def run(self, endpoint_id: str, request: EndpointInput | dict[str, Any]) -> Any:
+        """See Gateway.run."""
+        return await self._opened().run(endpoint_id, request)
+
+    def _opened(self) -> Gateway:
+        if self._gateway is None:
+            queue = open_queue(self._settings.queue_url, self._settings.lease)
+            files = open_files(self._settings.files_url)
+            self._gateway = Gateway(queue, files, self._settings)
+        return self._gateway
+
+    async def _ready(self) -> bool:
+        """Whether every model's application runs."""
+        status = await asyncio.to_thread(serve.status)
+        running = {name for name, app in status.applications.items() if app.status == "RUNNING"}
+        return set(self._catalogue.models) | {FRONT} <= running
+
+
+class _DispatcherReplica:
+    def __init__(self, settings: FrontSettings) -> None:
+        self._settings = settings
+        self._dispatcher: Dispatcher | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        if self._dispatcher is None:
+            queue = open_queue(self._settings.queue_url, self._settings.lease)
+            self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect)
+        await self._dispatcher.configure(Catalogue.model_validate(user_config))
+
+    async def check_health(self) -> None:
+        if self._dispatcher is not None and not self._dispatcher.is_alive:
+            raise RuntimeError("The dispatcher's loops have ended.")
+
+    async def __del__(self) -> None:
+        if self._dispatcher is not None:
+            await self._dispatcher.close()
+
+
+class _WorkerReplica:
+    def __init__(self, settings: ModelSettings) -> None:
+        from deployments.worker import Worker  # imports torch, which only a replica needs
+
+        self._worker = Worker(settings, open_files(settings.files_url))
+
+    async def generate(self, job: Job) -> AsyncGenerator[Update]:
+        """See Worker.generate."""
+        async for update in self._worker.generate(job):
+            yield update
+
+    async def run(self, endpoint_id: str, request: EndpointInput) -> Any:
+        """See Worker.run."""
+        return await self._worker.run(endpoint_id, request)
+
+    async def check_health(self) -> None:
+        self._worker.check_health()
+
+
+class _ServeModels:
+    """The handles of the model applications, found by name when first needed."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, _ServeModel] = {}
+
+    def connect(self, name: str) -> ModelHandle:
+        if name not in self._handles:
+            try:
+                handle = serve.get_app_handle(name)
+            except RayServeException as error:
+                raise NotReady(f"The application {name} is not deployed.") from error
+            self._handles[name] = _ServeModel(handle)
+        return self._handles[name]
+
+
+class _ServeModel:
+    """A model's DeploymentHandle as the dispatcher sees it; Ray's errors end here."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._generate = handle.options(method_name="generate", stream=True)
+
+    async def generate(self, job: Job) -> AsyncGenerator[Update]:
+        response = self._generate.remote(job)
+        try:
+            async for update in response:
+                yield update
+        except RayActorError as error:
+            raise WorkerLost("The worker died while it ran the request.") from error
+        except RayTaskError as error:
+            raise WorkerLost(f"The worker failed outside the request: {error}") from error
+        except RayServeException as error:
+            raise NotReady(f"No worker can be called: {error}") from error
+        finally:
+            response.cancel()

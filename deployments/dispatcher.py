@@ -1,0 +1,168 @@
+"""Claims jobs, hands them to model workers, and writes down what comes back.
+
+It knows the queue and a way to call a worker, nothing of Ray or HTTP. At most `window` requests of a
+model are handed over at once: enough that Serve sees the demand and scales, few enough that what
+waits stays in the queue, where it can be cancelled and ordered.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+import socket
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+from uuid import uuid4
+
+from deployments.queue import Queue
+from schemas.errors import NotReady, WorkerLost
+from schemas.jobs import Claim, Job, Update
+from schemas.settings import Catalogue, LeaseSettings
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 1.0  # the longest time between two looks at the queue
+
+
+class ModelHandle(Protocol):
+    """A way to call the workers of one model."""
+
+    def generate(self, job: Job) -> AsyncGenerator[Update]:
+        """Run a job; the last update has its result.
+
+        Raises WorkerLost when the worker died, NotReady when there is none to call. Closing the
+        iterator stops the job within a step.
+        """
+
+
+@dataclass(slots=True)
+class Run:
+    """A claim being run."""
+
+    claim: Claim
+    task: asyncio.Task[None]
+
+
+class Dispatcher:
+    """One per front. `connect` gives the handle of a model by its application's name."""
+
+    def __init__(self, queue: Queue, lease: LeaseSettings, connect: Callable[[str], ModelHandle]) -> None:
+        self.owner = f"{socket.gethostname()}/{os.getpid()}/{uuid4().hex[:8]}"
+        self._queue = queue
+        self._lease = lease
+        self._connect = connect
+        self._windows: dict[str, int] = {}
+        self._runs: dict[str, Run] = {}
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def configure(self, catalogue: Catalogue) -> None:
+        """Serve this catalogue from now on. What runs goes on; what waits follows its endpoint."""
+        await self._queue.reroute(catalogue.routes())
+        self._windows = {name: entry.window for name, entry in catalogue.models.items()}
+        if not self._loops:
+            self._loops = [_detached(self._dispatch()), _detached(self._renew())]
+
+    @property
+    def is_alive(self) -> bool:
+        return not any(loop.done() for loop in self._loops)
+
+    async def close(self) -> None:
+        """Stop, and give back what runs: another dispatcher takes it at once."""
+        for loop in self._loops:
+            loop.cancel()
+        for run in list(self._runs.values()):
+            await self._stop(run)
+
+    async def _dispatch(self) -> None:
+        """Look, act, wait for a change; for ever."""
+        pause = 0.0
+        while True:
+            await self._queue.changed(pause)
+            try:
+                pause = await self._look()
+            except Exception:
+                logger.exception("the queue could not be read")
+                pause = IDLE_S
+
+    async def _look(self) -> float:
+        """Do what there is to do. Returns the seconds until something falls due."""
+        await self._queue.sweep()
+        waiting = await self._queue.waiting(self.owner)
+        for request_id in waiting.cancelled & self._runs.keys():
+            self._runs[request_id].task.cancel()
+        for model in waiting.models & self._windows.keys():
+            await self._fill(model)
+        if waiting.next_due is None:
+            return IDLE_S
+        return min(IDLE_S, max(0.0, waiting.next_due - self._queue.now()))
+
+    async def _fill(self, model: str) -> None:
+        running = sum(run.claim.job.model == model for run in self._runs.values())
+        room = self._windows[model] - running
+        if room <= 0:
+            return
+        for claim in await self._queue.claim(model, self.owner, room):
+            self._runs[claim.job.request_id] = Run(claim, _detached(self._run(claim)))
+
+    async def _run(self, claim: Claim) -> None:
+        """Run one claim to its end, whatever that is."""
+        request_id = claim.job.request_id
+        try:
+            await self._follow(claim)
+        except asyncio.CancelledError:
+            # its caller gave it up, its lease was lost, or we are closing; the queue knows which
+            await self._queue.release(claim, crashed=False)
+        except NotReady as error:
+            logger.warning("request %s waits: %s", request_id, error.message)
+            await self._queue.release(claim, crashed=False, delay_s=IDLE_S)
+        except WorkerLost as lost:
+            logger.warning("request %s lost its worker: %s", request_id, lost.message)
+            await self._queue.release(claim, crashed=True)
+        except Exception:
+            logger.exception("request %s could not be run", request_id)
+            await self._queue.release(claim, crashed=True)
+        finally:
+            self._runs.pop(request_id, None)
+            self._queue.wake()  # there is room again
+
+    async def _follow(self, claim: Claim) -> None:
+        """Write down what the worker says until it gives the result."""
+        handle = self._connect(claim.job.model)
+        async with contextlib.aclosing(handle.generate(claim.job)) as updates:
+            async for update in updates:
+                if update.result is not None:
+                    await self._queue.finish(claim, update.result, update.events)
+                    return
+                if not await self._queue.record(claim, update.events):
+                    return  # someone else has it
+        raise WorkerLost("The worker ended without a result.")
+
+    async def _renew(self) -> None:
+        """Renew the leases; stop what was lost."""
+        while True:
+            await asyncio.sleep(self._lease.heartbeat_s)
+            before = set(self._runs)
+            try:
+                held = await self._queue.heartbeat(self.owner)
+            except Exception:
+                logger.exception("the leases could not be renewed")
+                continue
+            for request_id in before - held:
+                if run := self._runs.get(request_id):
+                    await self._stop(run)
+
+    @staticmethod
+    async def _stop(run: Run) -> None:
+        run.task.cancel()
+        await asyncio.wait([run.task])
+
+
+def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that outlives whoever starts it.
+
+    In a clean context: Serve cancels calls made in the context of a request whose client left, and
+    calls that share one parent request can hang a custom router.
+    """
+    return asyncio.get_running_loop().create_task(work, context=contextvars.Context())

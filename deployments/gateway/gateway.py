@@ -1,0 +1,161 @@
+"""The gateway's verbs, without HTTP: check a request, accept it, follow it.
+
+Run, stream and Python callers are the same job as a queued one, with somebody waiting on it.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from deployments.files.store import FileStore
+from deployments.gateway import validation
+from deployments.gateway.addresses import application, belongs
+from deployments.gateway.keys import ANYONE
+from deployments.queue import Queue
+from pipelines import registry
+from schemas.errors import InternalError, NotFound
+from schemas.fields import EndpointInput
+from schemas.jobs import (
+    CancelOutcome,
+    Event,
+    Job,
+    JobResult,
+    Logged,
+    Priority,
+    Receipt,
+    Record,
+    Snapshot,
+)
+from schemas.settings import Catalogue, FrontSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and how it reaches this server."""
+
+    tenant: str = ANYONE
+    base_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a caller may ask about the handling of a request, beside its input."""
+
+    priority: Priority = Priority.NORMAL
+    start_timeout_s: float | None = None
+    webhook_url: str | None = None
+    previews: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that is on disk."""
+
+    job: Job
+    receipt: Receipt
+    ignored: tuple[str, ...]  # fields sent that the endpoint does not know
+
+
+class Gateway:
+    """One per process. Everything that lasts is in the queue and the file store."""
+
+    def __init__(self, queue: Queue, files: FileStore, settings: FrontSettings) -> None:
+        self.files = files
+        self.settings = settings
+        self._queue = queue
+        self._routes: Mapping[str, str] = {}
+
+    def configure(self, catalogue: Catalogue) -> None:
+        """Serve this catalogue from now on. Raises KeyError for an endpoint that does not exist."""
+        for endpoint_id in catalogue.routes():
+            registry.endpoint(endpoint_id)
+        self._routes = catalogue.routes()
+
+    @property
+    def endpoints(self) -> Mapping[str, str]:
+        """Endpoint id → the model that serves it."""
+        return self._routes
+
+    async def run(self, endpoint_id: str, request: EndpointInput | Mapping[str, Any]) -> Any:
+        """For Python callers: the endpoint's Input, or its fields, in; its typed Output out.
+
+        Goes through the queue like any other request. Raises the DarkroomError that an HTTP caller
+        would see as a status and a body.
+        """
+        fields = request if isinstance(request, Mapping) else request.model_dump(mode="json")
+        caller = Caller(base_url=self.settings.public_url or "")
+        accepted = await self.submit(endpoint_id, fields, caller)
+        result = await self.result(accepted.job.request_id, caller.tenant)
+        return registry.endpoint(endpoint_id).schema().Output(**result.output())
+
+    async def submit(
+        self,
+        endpoint_id: str,
+        fields: Mapping[str, Any],
+        caller: Caller,
+        wishes: Wishes | None = None,
+    ) -> Accepted:
+        """Accept a request. When this returns it is on disk. Raises NotFound or InputError."""
+        model = self._model_of(endpoint_id)
+        kind = registry.endpoint(endpoint_id).input_type()
+        request = validation.validate(kind, fields, self.settings.limits)
+        ignored = tuple(validation.ignored(kind, fields))
+        wishes = wishes or Wishes()
+        job = Job(
+            request_id=str(uuid4()),
+            endpoint_id=endpoint_id,
+            model=model,
+            input=request.model_dump(mode="json", exclude_none=True),
+            tenant=caller.tenant,
+            base_url=caller.base_url,
+            priority=wishes.priority,
+            start_timeout_s=wishes.start_timeout_s,
+            webhook_url=wishes.webhook_url,
+            previews=wishes.previews,
+        )
+        notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
+        receipt = await self._queue.submit(job, notes)
+        logger.info("accepted %s for %s", job.request_id, endpoint_id)
+        return Accepted(job, receipt, ignored)
+
+    async def record(self, app: str, request_id: str, tenant: str) -> Record:
+        """A tenant's request under its application. Raises NotFound."""
+        record = await self._queue.get(request_id, tenant)
+        if record is None or not belongs(record.job.endpoint_id, app):
+            raise NotFound(f"Request {request_id} not found")
+        return record
+
+    async def logs(self, request_id: str) -> list[Event]:
+        """All log lines of a request so far."""
+        events = await self._queue.events(request_id)
+        return [event for event in events if isinstance(event.event, Logged)]
+
+    def watch(self, request_id: str, tenant: str) -> AsyncIterator[Snapshot]:
+        """See Queue.watch."""
+        return self._queue.watch(request_id, tenant)
+
+    async def result(self, request_id: str, tenant: str) -> JobResult:
+        """Wait for a request's result."""
+        result = None
+        async for snapshot in self.watch(request_id, tenant):
+            result = snapshot.record.result
+        if result is None:
+            raise InternalError(f"Request {request_id} is no longer known.")
+        return result
+
+    async def cancel(self, request_id: str, tenant: str) -> CancelOutcome:
+        """See Queue.cancel."""
+        return await self._queue.cancel(request_id, tenant)
+
+    def _model_of(self, endpoint_id: str) -> str:
+        if model := self._routes.get(endpoint_id):
+            return model
+        app = application(endpoint_id)
+        if app in map(application, self._routes):
+            path = endpoint_id.removeprefix(app)
+            raise NotFound(f"Path {path or '/'} not found")
+        raise NotFound(f'Application "{app}" not found')

@@ -1,0 +1,270 @@
+"""The gateway over HTTP: Starlette routes that translate, and do nothing else."""
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from deployments.gateway import answers, body, middleware, sse
+from deployments.gateway.addresses import METHODS, Verb, queue_path
+from deployments.gateway.gateway import Accepted, Caller, Gateway, Wishes
+from deployments.gateway.keys import Keys
+from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
+from schemas.jobs import JobResult, Previewed, Priority, Snapshot
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 15.0  # a stream's answer begins after so long at the latest, with or without an event
+MIN_START_TIMEOUT_S = 0.1
+
+Ready = Callable[[], Awaitable[bool]]
+
+
+def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
+    """The ASGI application. `ready` tells whether every model can take a request."""
+    http = _Http(gateway, ready)
+    everything = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+    routes = [
+        Route("/", http.about),
+        Route("/health", http.health),
+        Route("/ready", http.ready),
+        Route("/files/{key}", http.file),
+        Route("/run/{path:path}", http.run, methods=everything),
+        Route("/queue/{path:path}", http.queue, methods=everything),
+        Route("/rest/{path:path}", http.unknown, methods=everything),
+        Route("/cdn/{path:path}", http.unknown, methods=everything),
+    ]
+    app: ASGIApp = Router(routes=routes)
+    for layer in (
+        middleware.Addressing,
+        lambda inner: middleware.Authentication(inner, keys),
+        middleware.Errors,
+        middleware.Headers,
+    ):
+        app = layer(app)
+    return app
+
+
+class _Http:
+    def __init__(self, gateway: Gateway, ready: Ready) -> None:
+        self._gateway = gateway
+        self._ready = ready
+
+    async def about(self, request: Request) -> Response:
+        return answers.Json({"name": "darkroom", "endpoints": sorted(self._gateway.endpoints)})
+
+    async def health(self, request: Request) -> Response:
+        return answers.Json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        if not await self._ready():
+            raise NotReady("The models are still being loaded.")
+        return answers.Json({"status": "ready"})
+
+    async def unknown(self, request: Request) -> Response:
+        raise NotFound(f"Path {request.url.path} not found")
+
+    async def file(self, request: Request) -> Response:
+        found = await self._gateway.files.open(request.path_params["key"])
+        if found is None:
+            raise NotFound("File not found")
+        headers = {
+            "content-length": str(found.size),
+            "cache-control": "public, max-age=31536000, immutable",
+            "x-content-type-options": "nosniff",
+            "content-security-policy": "default-src 'none'; sandbox",
+        }
+        return StreamingResponse(found.chunks, media_type=found.content_type, headers=headers)
+
+    async def queue(self, request: Request) -> Response:
+        path = queue_path(request.path_params["path"])
+        if request.method not in METHODS[path.verb]:
+            raise MethodNotAllowed(f"Use {' or '.join(METHODS[path.verb])} here.")
+        if path.verb == Verb.SUBMIT:
+            accepted = await self._submit(request, path.app)
+            return answers.receipt(accepted.job, accepted.receipt.position, accepted.ignored)
+        caller = self._caller(request)
+        record = await self._gateway.record(path.app, path.request_id, caller.tenant)
+        if path.verb == Verb.CANCEL:
+            outcome = await self._gateway.cancel(path.request_id, caller.tenant)
+            return answers.cancelled(outcome, path.request_id)
+        if path.verb == Verb.RESULT:
+            if record.result is None:
+                raise BadRequest("Request is still in progress")
+            return answers.result(record.result, path.request_id)
+        wants_logs = request.query_params.get("logs", "").lower() in ("1", "true")
+        headers = {answers.REQUEST_ID: path.request_id}
+        if path.verb == Verb.STATUS_STREAM:
+            snapshots = self._gateway.watch(path.request_id, caller.tenant)
+            return sse.stream(_statuses(snapshots, wants_logs, caller.base_url), headers)
+        logs = await self._gateway.logs(path.request_id) if wants_logs else None
+        status = answers.status(record, logs, caller.base_url)
+        return answers.Json(status, answers.status_code(record), headers)
+
+    async def run(self, request: Request) -> Response:
+        if request.method not in METHODS[Verb.SUBMIT]:
+            raise MethodNotAllowed("Use POST here.")
+        path = request.path_params["path"].strip("/")
+        endpoint_id = path.removesuffix("/stream")
+        if endpoint_id != path and path not in self._gateway.endpoints:
+            return await self._stream(request, endpoint_id)
+        accepted = await self._submit(request, path)
+        job = accepted.job
+        found = await self._while_connected(
+            request, accepted, self._gateway.result(job.request_id, job.tenant)
+        )
+        if found is None:
+            return Response(status_code=499)  # nobody reads it
+        answer = answers.result(found, job.request_id)
+        answer.headers.update(answers.ignored_header(accepted.ignored))
+        return answer
+
+    async def _stream(self, request: Request, endpoint_id: str) -> Response:
+        """Previews as server-sent events, the output as the last one. An error before the first
+        event is an ordinary answer; a later one is an event with `error`."""
+        accepted = await self._submit(request, endpoint_id, previews=True)
+        job = accepted.job
+        events = _outputs(self._gateway.watch(job.request_id, job.tenant))
+        first = asyncio.ensure_future(anext(events))
+        done = await self._while_connected(request, accepted, asyncio.wait([first], timeout=GRACE_S))
+        if done is None:
+            first.cancel()
+            return Response(status_code=499)
+        event = first.result() if first.done() else None
+        if isinstance(event, JobResult) and event.error is not None:
+            return answers.result(event, job.request_id)
+        headers = {answers.REQUEST_ID: job.request_id, **answers.ignored_header(accepted.ignored)}
+        return sse.stream(self._until_left(accepted, first, events), headers)
+
+    async def _until_left(
+        self,
+        accepted: Accepted,
+        first: "asyncio.Future[Previewed | JobResult]",
+        events: "AsyncIterator[Previewed | JobResult]",
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Events as documents. If the reader leaves, the request is cancelled."""
+        finished = False
+        try:
+            event: Previewed | JobResult | None = await first
+            while event is not None:
+                finished = isinstance(event, JobResult)
+                yield _document(event)
+                event = await anext(events, None)
+        finally:
+            if not finished:
+                self._abandon(accepted)
+
+    async def _submit(self, request: Request, endpoint_id: str, *, previews: bool = False) -> Accepted:
+        if request.method == "GET":
+            query = request.query_params.items()
+            fields: dict[str, Any] = {k: v for k, v in query if not k.startswith("fal_")}
+        else:
+            limit = self._gateway.settings.max_body_bytes
+            declared = request.headers.get("content-length")
+            fields = body.parse(await body.read(request.stream(), declared, limit))
+        wishes = _wishes(request, previews=previews)
+        return await self._gateway.submit(endpoint_id, fields, self._caller(request), wishes)
+
+    def _caller(self, request: Request) -> Caller:
+        return Caller(request.state.tenant, self._gateway.settings.public_url or _base_url(request))
+
+    async def _while_connected(
+        self, request: Request, accepted: Accepted, work: Coroutine[Any, Any, Any]
+    ) -> Any:
+        """The outcome of `work`, or None if the client left before it; then the job is cancelled."""
+        working = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(_disconnect(request))
+        try:
+            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            leaving.cancel()
+            if not working.done():
+                working.cancel()
+                self._abandon(accepted)
+
+    def _abandon(self, accepted: Accepted) -> None:
+        """Cancel a request whose caller left, outliving the call that notices."""
+        job = accepted.job
+        logger.info("the caller of %s left; cancelling it", job.request_id)
+        task = asyncio.get_running_loop().create_task(
+            self._gateway.cancel(job.request_id, job.tenant), context=contextvars.Context()
+        )
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+
+
+_background: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks only weakly
+
+
+async def _disconnect(request: Request) -> None:
+    """Wait until the client is gone. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _statuses(
+    snapshots: AsyncIterator[Snapshot], wants_logs: bool, base_url: str
+) -> AsyncIterator[dict[str, Any]]:
+    """A status document per change; logs are those since the last one."""
+    async for snapshot in snapshots:
+        logs = snapshot.events if wants_logs else None
+        yield answers.status(snapshot.record, logs, base_url)
+
+
+async def _outputs(snapshots: AsyncIterator[Snapshot]) -> AsyncIterator[Previewed | JobResult]:
+    """The previews of a job and then its result."""
+    async for snapshot in snapshots:
+        for each in snapshot.events:
+            if isinstance(each.event, Previewed):
+                yield each.event
+        if snapshot.record.result is not None:
+            yield snapshot.record.result
+
+
+def _document(event: Previewed | JobResult) -> dict[str, Any]:
+    if isinstance(event, Previewed):
+        return event.output
+    return event.body if event.error is None else {"error": event.body}
+
+
+def _base_url(request: Request) -> str:
+    """How the caller reached us, as far as a proxy in front tells."""
+    forwarded = request.headers.get("x-forwarded-host")
+    host = forwarded or request.headers.get("host") or ""
+    scheme = request.headers.get("x-forwarded-proto") or request.url.scheme
+    url = urlsplit(f"{scheme.split(',')[0].strip()}://{host.split(',')[0].strip()}")
+    if url.scheme not in ("http", "https") or not url.netloc or "@" in url.netloc:
+        raise BadRequest("The Host header is missing or malformed.")
+    return f"{url.scheme}://{url.netloc}"
+
+
+def _wishes(request: Request, *, previews: bool) -> Wishes:
+    low = request.headers.get("x-fal-queue-priority", "").lower() == "low"
+    return Wishes(
+        priority=Priority.LOW if low else Priority.NORMAL,
+        start_timeout_s=_start_timeout(request),
+        webhook_url=request.query_params.get("fal_webhook"),
+        previews=previews,
+    )
+
+
+def _start_timeout(request: Request) -> float | None:
+    for name in ("x-fal-request-start-timeout", "x-fal-request-timeout"):
+        if (text := request.headers.get(name)) is None:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = float("nan")
+        if not MIN_START_TIMEOUT_S < seconds < float("inf"):
+            raise BadRequest(f"{name} must be a number of seconds above {MIN_START_TIMEOUT_S}.")
+        return seconds
+    return None

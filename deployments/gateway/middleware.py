@@ -1,0 +1,152 @@
+"""The layers around the routes, outermost last: plain ASGI callables."""
+
+import logging
+from uuid import uuid4
+
+from starlette.datastructures import Headers as HeaderView
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.gateway import answers
+from deployments.gateway.addresses import canonical
+from deployments.gateway.keys import Keys
+from schemas.errors import (
+    BadRequest,
+    DarkroomError,
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+)
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_PATHS = ("/health", "/ready")
+PUBLIC_PREFIXES = ("/files/",)  # named by 128 random bits
+
+_EXPOSED = (
+    "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, "
+    "x-fal-billable-units, x-darkroom-ignored-fields, etag"
+)
+
+
+class Addressing:
+    """Brings every way of addressing a service to the prefixed path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            query = scope["query_string"].decode("latin-1")
+            address = canonical(scope["path"], query, HeaderView(scope=scope))
+            path, query_string = address.path, address.query.encode("latin-1", "replace")
+            scope = {
+                **scope,
+                "path": path,
+                "raw_path": path.encode(),
+                "query_string": query_string,
+            }
+        await self._app(scope, receive, send)
+
+
+class Authentication:
+    """Denies what has no key, but for a literal list of public paths."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if path not in PUBLIC_PATHS and not path.startswith(PUBLIC_PREFIXES):
+            given = HeaderView(scope=scope).getlist("authorization")
+            scope.setdefault("state", {})["tenant"] = self._keys.tenant(given)
+        await self._app(scope, receive, send)
+
+
+class Errors:
+    """Turns what is raised into fal's shapes. Here a fault of ours is logged, once."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self  # makes Starlette's routes raise rather than answer in plain text
+        began = False
+
+        async def watch(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            known = _known(error)
+            if known.status >= 500 and not isinstance(error, DarkroomError):
+                logger.exception("%s %s failed, %s", scope["method"], scope["path"], _id(scope))
+            if began:
+                raise
+            await answers.failure(known)(scope, receive, send)
+
+
+class Headers:
+    """Answers preflights, and puts the request id and CORS headers on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope.setdefault("state", {})["call_id"] = str(uuid4())
+
+        async def decorate(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault(answers.REQUEST_ID, _id(scope))
+                headers["access-control-allow-origin"] = "*"
+                headers["access-control-expose-headers"] = _EXPOSED
+            await send(message)
+
+        if scope["method"] == "OPTIONS":
+            await _preflight(scope)(scope, receive, decorate)
+        else:
+            await self._app(scope, receive, decorate)
+
+
+def _preflight(scope: Scope) -> answers.Json:
+    """ "*" does not cover Authorization, so what is asked for is echoed."""
+    asked = HeaderView(scope=scope).get("access-control-request-headers", "authorization")
+    allowed = {
+        "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
+        "access-control-allow-headers": asked,
+        "access-control-max-age": "600",
+    }
+    return answers.Json({}, 200, allowed)
+
+
+def _known(error: Exception) -> DarkroomError:
+    if isinstance(error, DarkroomError):
+        return error
+    if isinstance(error, ClientDisconnect):
+        return BadRequest("The connection was closed before the body was whole.")
+    if isinstance(error, HTTPException):
+        kinds: dict[int, type[RequestError]] = {404: NotFound, 405: MethodNotAllowed}
+        return kinds.get(error.status_code, BadRequest)(error.detail)
+    return InternalError("Internal server error. The log says why, under this request id.")
+
+
+def _id(scope: Scope) -> str:
+    call_id: str = scope["state"]["call_id"]
+    return call_id

@@ -1,0 +1,41 @@
+"""What the queue needs of a database."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+T = TypeVar("T")
+Operation = Callable[[Connection], T]
+
+
+class Database(ABC):
+    """Transactions, and a bell that rings when another transaction was committed.
+
+    An operation is a plain function of a connection. It may run more than once before its result
+    counts, so it must have no effect but on the connection.
+    """
+
+    @abstractmethod
+    async def write(self, operation: Operation[T]) -> T:
+        """Run in a transaction. Returns once the commit is on disk; raises what the operation raised."""
+
+    @abstractmethod
+    async def read(self, operation: Operation[T]) -> T:
+        """Run on a consistent view that may not be written."""
+
+    @abstractmethod
+    async def changed(self, timeout_s: float) -> None:
+        """Wait for a commit by any process, or for `timeout_s`.
+
+        A commit that fell between two calls is not missed.
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Make `changed` return in this process, as if there had been a commit."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finish what was accepted and release everything."""

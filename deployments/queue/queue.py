@@ -1,0 +1,480 @@
+"""The durable queue. Its rows are the truth: what is not in them did not happen.
+
+The life of a request: submit → queued → claim → running → finish → completed. A claim holds it under
+a lease that heartbeats renew; each claim raises the fence, and a write with an older fence is refused,
+so that a worker which was thought dead cannot speak. A lost lease or worker puts the request back at
+its old place, until it has cost `max_crashes` workers.
+"""
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, or_, select, update
+
+from deployments.queue import rows
+from deployments.queue.database import Database
+from deployments.queue.tables import deliveries, events, requests
+from schemas.errors import Cancelled, StartTimeout, WorkerLost
+from schemas.jobs import (
+    CancelOutcome,
+    Claim,
+    Event,
+    Job,
+    JobEvent,
+    JobResult,
+    Receipt,
+    Record,
+    Snapshot,
+    State,
+)
+from schemas.settings import LeaseSettings
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a dispatcher has to do now."""
+
+    models: frozenset[str]  # with requests that may start
+    cancelled: frozenset[str]  # request ids it runs that their callers gave up
+    next_due: float | None  # when a start deadline or a backoff ends, by the clock
+
+
+class Queue:
+    """All verbs of the queue, on any database. `clock` gives seconds since the epoch."""
+
+    def __init__(
+        self, database: Database, lease: LeaseSettings, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._database = database
+        self._lease = lease
+        self._clock = clock
+        self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._feed: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        if self._feed is not None:
+            self._feed.cancel()
+        await self._database.close()
+
+    # --- the caller's side ---
+
+    async def submit(self, job: Job, notes: Sequence[JobEvent] = ()) -> Receipt:
+        """Accept a job. When this returns it is on disk and will reach a result."""
+        now = self._clock()
+        deadline = None if job.start_timeout_s is None else now + job.start_timeout_s
+        values = rows.job_values(job) | {
+            "state": State.QUEUED,
+            "accepted_at": now,
+            "start_deadline": deadline,
+            "not_before": now,
+            "fence": 0,
+            "attempts": 0,
+            "crashes": 0,
+            "cancel_requested": False,
+        }
+
+        def operation(connection: Connection) -> Receipt:
+            accepted = insert(requests).values(values).returning(requests.c.seq)
+            seq = connection.execute(accepted).scalar_one()
+            _append(connection, job.request_id, notes, now)
+            position = _position(connection, job.model, job.priority, seq)
+            return Receipt(job.request_id, position)
+
+        return await self._database.write(operation)
+
+    async def get(self, request_id: str, tenant: str) -> Record | None:
+        """The record of a tenant's request, or None."""
+        return await self._database.read(lambda connection: _find(connection, request_id, tenant))
+
+    async def events(self, request_id: str, after: int = 0) -> list[Event]:
+        """The events of a request with `seq` above `after`, in order."""
+        return await self._database.read(lambda connection: _events(connection, request_id, after))
+
+    async def watch(self, request_id: str, tenant: str) -> AsyncIterator[Snapshot]:
+        """A snapshot now and after each change, the completed one last. Nothing for an unknown id.
+
+        Each snapshot has the events since the one before.
+        """
+        if self._feed is None:
+            # in a clean context: it outlives the request that first watched
+            self._feed = asyncio.get_running_loop().create_task(
+                self._run_feed(), context=contextvars.Context()
+            )
+        changed = asyncio.Event()
+        changed.set()
+        self._watchers[request_id].add(changed)
+        seen, after = None, 0
+        try:
+            while seen is None or seen.state != State.COMPLETED:
+                await changed.wait()
+                changed.clear()
+                record, news = await self._database.read(_snapshot(request_id, tenant, after))
+                if record is None:
+                    return
+                after = news[-1].seq if news else after
+                if news or record != seen:
+                    yield Snapshot(record, tuple(news))
+                seen = record
+        finally:
+            self._watchers[request_id].discard(changed)
+            if not self._watchers[request_id]:
+                del self._watchers[request_id]
+
+    async def cancel(self, request_id: str, tenant: str) -> CancelOutcome:
+        """Give a request up. One that waits ends here; one that runs ends within a step."""
+        now = self._clock()
+
+        def operation(connection: Connection) -> CancelOutcome:
+            record = _find(connection, request_id, tenant)
+            if record is None:
+                return CancelOutcome.NOT_FOUND
+            if record.state == State.COMPLETED:
+                return CancelOutcome.ALREADY_COMPLETED
+            if record.state == State.QUEUED:
+                _complete(connection, record.job, JobResult.failure(Cancelled()), now)
+            else:
+                _set(connection, request_id, cancel_requested=True)
+                _note_change(connection, request_id, now)
+            return CancelOutcome.REQUESTED
+
+        return await self._database.write(operation)
+
+    # --- the dispatcher's side ---
+
+    async def changed(self, timeout_s: float) -> None:
+        """Wait until something in the queue may have changed."""
+        await self._database.changed(timeout_s)
+
+    def wake(self) -> None:
+        """Make `changed` return in this process."""
+        self._database.wake()
+
+    def now(self) -> float:
+        """The queue's clock, seconds since the epoch."""
+        return self._clock()
+
+    async def waiting(self, owner: str) -> Waiting:
+        """What a dispatcher named `owner` has to do now."""
+        now = self._clock()
+
+        def operation(connection: Connection) -> Waiting:
+            queued = requests.c.state == State.QUEUED
+            models = select(requests.c.model).where(queued, requests.c.not_before <= now).distinct()
+            cancelled = select(requests.c.request_id).where(
+                requests.c.state == State.RUNNING,
+                requests.c.cancel_requested,
+                requests.c.lease_owner == owner,
+            )
+            deadline = select(func.min(requests.c.start_deadline)).where(queued)
+            backoff = select(func.min(requests.c.not_before)).where(queued, requests.c.not_before > now)
+            due = [connection.scalar(deadline), connection.scalar(backoff)]
+            return Waiting(
+                frozenset(connection.scalars(models)),
+                frozenset(connection.scalars(cancelled)),
+                min((at for at in due if at is not None), default=None),
+            )
+
+        return await self._database.read(operation)
+
+    async def claim(self, model: str, owner: str, limit: int) -> list[Claim]:
+        """Up to `limit` requests of a model, in order of priority and then of acceptance."""
+        now = self._clock()
+
+        def operation(connection: Connection) -> list[Claim]:
+            candidates = (
+                select(requests)
+                .where(
+                    requests.c.model == model,
+                    requests.c.state == State.QUEUED,
+                    requests.c.not_before <= now,
+                    or_(requests.c.start_deadline.is_(None), requests.c.start_deadline > now),
+                )
+                .order_by(requests.c.priority, requests.c.seq)
+                .limit(limit)
+                .with_for_update(skip_locked=True)
+            )
+            return [
+                _take(connection, row, owner, now, now + self._lease.lease_s)
+                for row in connection.execute(candidates).mappings().all()
+            ]
+
+        return await self._database.write(operation)
+
+    async def heartbeat(self, owner: str) -> frozenset[str]:
+        """Renew the leases of `owner`. Returns the request ids it still holds."""
+        until = self._clock() + self._lease.lease_s
+
+        def operation(connection: Connection) -> frozenset[str]:
+            renewed = (
+                update(requests)
+                .where(requests.c.state == State.RUNNING, requests.c.lease_owner == owner)
+                .values(lease_until=until)
+                .returning(requests.c.request_id)
+            )
+            return frozenset(connection.scalars(renewed))
+
+        return await self._database.write(operation)
+
+    async def record(self, claim: Claim, news: Sequence[JobEvent]) -> bool:
+        """Store events of a running job. False, and nothing stored, when the claim is lost."""
+        now = self._clock()
+
+        def operation(connection: Connection) -> bool:
+            if _held(connection, claim) is None:
+                return False
+            _append(connection, claim.job.request_id, news, now)
+            return True
+
+        return await self._database.write(operation)
+
+    async def finish(self, claim: Claim, result: JobResult, news: Sequence[JobEvent] = ()) -> bool:
+        """End a job with its result and owe its webhook, in one transaction.
+
+        A cancel that was acknowledged before wins. False, and nothing changed, when the claim is lost.
+        """
+        now = self._clock()
+
+        def operation(connection: Connection) -> bool:
+            row = _held(connection, claim)
+            if row is None:
+                return False
+            _append(connection, claim.job.request_id, news, now)
+            outcome = JobResult.failure(Cancelled()) if row["cancel_requested"] else result
+            _complete(connection, claim.job, outcome, now)
+            return True
+
+        return await self._database.write(operation)
+
+    async def release(self, claim: Claim, *, crashed: bool, delay_s: float = 0) -> bool:
+        """Give a claim back unfinished, to be claimed again after `delay_s`.
+
+        With `crashed`, the loss of a worker is counted and the delay is the backoff's.
+        """
+        now = self._clock()
+
+        def operation(connection: Connection) -> bool:
+            row = _held(connection, claim)
+            if row is None:
+                return False
+            self._put_back(connection, row, now, crashed=crashed, delay_s=delay_s)
+            return True
+
+        return await self._database.write(operation)
+
+    async def sweep(self) -> int:
+        """Put back what lost its lease, end what missed its start. Returns how many changed."""
+        now = self._clock()
+        lapsed = and_(requests.c.state == State.RUNNING, requests.c.lease_until < now)
+        overdue = and_(requests.c.state == State.QUEUED, requests.c.start_deadline <= now)
+        due = select(requests).where(or_(lapsed, overdue))
+
+        def look(connection: Connection) -> bool:
+            return connection.execute(due.limit(1)).first() is not None
+
+        def operation(connection: Connection) -> int:
+            found = connection.execute(due.with_for_update(skip_locked=True)).mappings().all()
+            for row in found:
+                if row["state"] == State.RUNNING:
+                    self._put_back(connection, row, now, crashed=True)
+                else:
+                    timeout = JobResult.failure(StartTimeout())
+                    _complete(connection, rows.job(row), timeout, now)
+            return len(found)
+
+        return await self._database.write(operation) if await self._database.read(look) else 0
+
+    async def reroute(self, routes: Mapping[str, str]) -> None:
+        """Move what waits to the models that serve its endpoints now (endpoint id → model)."""
+
+        def operation(connection: Connection) -> None:
+            for endpoint_id, model in routes.items():
+                moved = update(requests).where(
+                    requests.c.state == State.QUEUED,
+                    requests.c.endpoint_id == endpoint_id,
+                    requests.c.model != model,
+                )
+                connection.execute(moved.values(model=model))
+
+        await self._database.write(operation)
+
+    # --- inside ---
+
+    def _put_back(
+        self,
+        connection: Connection,
+        row: RowMapping,
+        now: float,
+        *,
+        crashed: bool,
+        delay_s: float = 0,
+    ) -> None:
+        crashes = row["crashes"] + int(crashed)
+        backoff = self._lease.backoff_s * 2 ** (crashes - 1) if crashed else delay_s
+        if row["cancel_requested"]:
+            _complete(connection, rows.job(row), JobResult.failure(Cancelled()), now)
+        elif crashes >= self._lease.max_crashes:
+            lost = WorkerLost(f"The request was given up after it had lost {crashes} workers.")
+            _complete(connection, rows.job(row), JobResult.failure(lost), now)
+        else:
+            _set(
+                connection,
+                row["request_id"],
+                state=State.QUEUED,
+                crashes=crashes,
+                not_before=now + backoff,
+                start_deadline=None,  # it did start in time
+                lease_owner=None,
+                lease_until=None,
+            )
+            _note_change(connection, row["request_id"], now)
+
+    async def _run_feed(self) -> None:
+        """Wake the watchers of the requests that changed: one read for all of them."""
+        last = await self._database.read(_newest)
+        changed = set(self._watchers)  # they may have read before the feed began
+        while True:
+            for request_id in changed:
+                for watcher in self._watchers.get(request_id, ()):
+                    watcher.set()
+            await self._database.changed(LOOK_AGAIN_S)
+            try:
+                last, changed = await self._database.read(_changes_since(last))
+            except Exception:
+                logger.exception("the change feed could not be read")
+                changed = set(self._watchers)
+
+
+def _find(connection: Connection, request_id: str, tenant: str) -> Record | None:
+    query = select(requests).where(requests.c.request_id == request_id, requests.c.tenant == tenant)
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        return None
+    position = None
+    if row["state"] == State.QUEUED:
+        position = _position(connection, row["model"], row["priority"], row["seq"])
+    return rows.record(row, position)
+
+
+def _position(connection: Connection, model: str, priority: int, seq: int) -> int:
+    """How many queued requests of the model run before this one."""
+    before = or_(requests.c.priority < priority, and_(requests.c.priority == priority, requests.c.seq < seq))
+    ahead = (
+        select(func.count())
+        .select_from(requests)
+        .where(requests.c.model == model, requests.c.state == State.QUEUED, before)
+    )
+    return int(connection.execute(ahead).scalar_one())
+
+
+def _events(connection: Connection, request_id: str, after: int) -> list[Event]:
+    query = (
+        select(events)
+        .where(
+            events.c.request_id == request_id,
+            events.c.seq > after,
+            events.c.kind != rows.STATE_CHANGE,
+        )
+        .order_by(events.c.seq)
+    )
+    return [rows.event(row) for row in connection.execute(query).mappings()]
+
+
+def _snapshot(
+    request_id: str, tenant: str, after: int
+) -> Callable[[Connection], tuple[Record | None, list[Event]]]:
+    return lambda connection: (
+        _find(connection, request_id, tenant),
+        _events(connection, request_id, after),
+    )
+
+
+def _newest(connection: Connection) -> int:
+    """The newest event's seq, 0 when there is none."""
+    return int(connection.execute(select(func.coalesce(func.max(events.c.seq), 0))).scalar_one())
+
+
+def _changes_since(after: int) -> Callable[[Connection], tuple[int, set[str]]]:
+    """The newest event's seq, and the requests with events above `after`."""
+    query = select(events.c.seq, events.c.request_id).where(events.c.seq > after)
+
+    def operation(connection: Connection) -> tuple[int, set[str]]:
+        found = connection.execute(query).all()
+        return max((seq for seq, _ in found), default=after), {name for _, name in found}
+
+    return operation
+
+
+def _take(connection: Connection, row: RowMapping, owner: str, now: float, lease_until: float) -> Claim:
+    claim = Claim(rows.job(row), row["fence"] + 1, row["attempts"] + 1)
+    _set(
+        connection,
+        row["request_id"],
+        state=State.RUNNING,
+        started_at=now,
+        lease_owner=owner,
+        lease_until=lease_until,
+        fence=claim.fence,
+        attempts=claim.attempt,
+    )
+    _note_change(connection, row["request_id"], now)
+    return claim
+
+
+def _held(connection: Connection, claim: Claim) -> RowMapping | None:
+    """The row of a claim that still holds, or None."""
+    query = select(requests).where(
+        requests.c.request_id == claim.job.request_id,
+        requests.c.fence == claim.fence,
+        requests.c.state == State.RUNNING,
+    )
+    return connection.execute(query.with_for_update()).mappings().first()
+
+
+def _complete(connection: Connection, job: Job, result: JobResult, now: float) -> None:
+    _set(
+        connection,
+        job.request_id,
+        state=State.COMPLETED,
+        finished_at=now,
+        lease_owner=None,
+        lease_until=None,
+        **rows.result_values(result),
+    )
+    previews = and_(events.c.request_id == job.request_id, events.c.kind == "preview")
+    connection.execute(delete(events).where(previews))
+    _note_change(connection, job.request_id, now)
+    if job.webhook_url is not None:
+        connection.execute(
+            insert(deliveries).values(
+                request_id=job.request_id,
+                url=job.webhook_url,
+                state="due",
+                created_at=now,
+                attempts=0,
+                next_attempt_at=now,
+            )
+        )
+
+
+def _set(connection: Connection, request_id: str, **values: Any) -> None:
+    connection.execute(update(requests).where(requests.c.request_id == request_id).values(**values))
+
+
+def _append(connection: Connection, request_id: str, news: Sequence[JobEvent], now: float) -> None:
+    if news:
+        values = [rows.event_values(request_id, each, now) for each in news]
+        connection.execute(insert(events), values)
+
+
+def _note_change(connection: Connection, request_id: str, now: float) -> None:
+    connection.execute(insert(events).values(request_id=request_id, kind=rows.STATE_CHANGE, at=now))

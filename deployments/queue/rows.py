@@ -1,0 +1,76 @@
+"""Rows of the tables ↔ the values that walk."""
+
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from schemas.jobs import Event, Job, JobEvent, JobResult, Logged, Previewed, Priority, Record, State
+
+STATE_CHANGE = "state"  # the kind of an event row that only says: look again
+
+_KINDS: dict[str, type[JobEvent]] = {"log": Logged, "preview": Previewed}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def job_values(job: Job) -> dict[str, Any]:
+    """The columns that a job fills."""
+    return {**asdict(job), "priority": int(job.priority)}
+
+
+def job(row: RowMapping) -> Job:
+    return Job(
+        request_id=row["request_id"],
+        endpoint_id=row["endpoint_id"],
+        model=row["model"],
+        input=row["input"],
+        tenant=row["tenant"],
+        priority=Priority(row["priority"]),
+        base_url=row["base_url"],
+        start_timeout_s=row["start_timeout_s"],
+        webhook_url=row["webhook_url"],
+        previews=row["previews"],
+    )
+
+
+def result_values(result: JobResult) -> dict[str, Any]:
+    """The columns that a result fills."""
+    return asdict(result)
+
+
+def _result(row: RowMapping) -> JobResult | None:
+    if row["state"] != State.COMPLETED:
+        return None
+    return JobResult(
+        status=row["status"],
+        body=row["body"],
+        error=row["error"],
+        error_type=row["error_type"],
+        retryable=row["retryable"],
+        inference_s=row["inference_s"],
+    )
+
+
+def record(row: RowMapping, position: int | None) -> Record:
+    return Record(
+        job=job(row),
+        state=State(row["state"]),
+        accepted_at=row["accepted_at"],
+        position=position,
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        attempts=row["attempts"],
+        cancel_requested=row["cancel_requested"],
+        result=_result(row),
+    )
+
+
+def event_values(request_id: str, event: JobEvent, at: float) -> dict[str, Any]:
+    """The columns of an event row."""
+    kind = _NAMES[type(event)]
+    return {"request_id": request_id, "kind": kind, "at": at, "payload": asdict(event)}
+
+
+def event(row: RowMapping) -> Event:
+    kind = _KINDS[row["kind"]]
+    return Event(row["seq"], row["request_id"], row["at"], kind(**row["payload"]))

@@ -1,0 +1,93 @@
+"""The queue's tables. One schema for every store.
+
+Leases, fences, attempts and deliveries are part of it from the first day. Times are seconds since
+the epoch, by the clock of the process that writes.
+"""
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),  # the order of acceptance
+    Column("request_id", String(36), nullable=False),
+    Column("endpoint_id", String(200), nullable=False),
+    Column("model", String(100), nullable=False),
+    Column("tenant", String(100), nullable=False),
+    Column("input", JSON, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("base_url", Text, nullable=False),
+    Column("webhook_url", Text),
+    Column("previews", Boolean, nullable=False),
+    Column("start_timeout_s", Float),
+    Column("state", String(10), nullable=False),
+    Column("accepted_at", Float, nullable=False),
+    Column("start_deadline", Float),
+    Column("not_before", Float, nullable=False),  # backoff after a crash
+    Column("started_at", Float),
+    Column("finished_at", Float),
+    # the lease: who runs it, until when, and the number that its writes must carry
+    Column("lease_owner", String(100)),
+    Column("lease_until", Float),
+    Column("fence", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("crashes", Integer, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    # the result: the HTTP answer, for ever the same
+    Column("status", Integer),
+    Column("body", JSON(none_as_null=True)),
+    Column("error", Text),
+    Column("error_type", String(100)),
+    Column("retryable", Boolean),
+    Column("inference_s", Float),
+    UniqueConstraint("request_id"),
+    Index("requests_waiting", "model", "state", "priority", "seq"),
+    Index("requests_leased", "state", "lease_until"),
+    sqlite_autoincrement=True,
+)
+
+# Every change of a request writes a row here: the caller's log, previews, and changes of state.
+# The growing `seq` is the feed by which other processes learn what changed.
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("request_id", String(36), nullable=False),
+    Column("kind", String(10), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("payload", JSON(none_as_null=True)),
+    Index("events_of_request", "request_id", "seq"),
+    sqlite_autoincrement=True,
+)
+
+# Webhooks that are owed, written in the transaction that ends the request.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("request_id", String(36), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("state", String(10), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_attempt_at", Float, nullable=False),
+    Column("last_status", Integer),
+    Column("last_error", Text),
+    UniqueConstraint("request_id", "url"),
+    Index("deliveries_due", "state", "next_attempt_at"),
+    sqlite_autoincrement=True,
+)

@@ -1,0 +1,90 @@
+"""Starts Ray and Serve from a configuration file, on this machine, for `darkroom serve`."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+READY_TIMEOUT_S = 600.0
+POLL_S = 0.2
+
+# Set before Ray is imported, unless the operator has said otherwise.
+DEFAULT_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # several times less time per request than the Python proxy
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a foreground server has no balancer to warn
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_AUTH_MODE": "disabled",  # Ray's own ports listen on loopback only
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any]:
+    """The configuration, with the address replaced where one is given."""
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    options = config.setdefault("http_options", {})
+    options.update({k: v for k, v in (("host", host), ("port", port)) if v is not None})
+    return config
+
+
+def address(config: dict[str, Any]) -> str:
+    """Where a client on this machine reaches the server."""
+    options = config["http_options"]
+    host = options.get("host", "0.0.0.0")
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{options.get('port', 8000)}"
+
+
+def start(config: dict[str, Any]) -> None:
+    """Start Ray and submit the applications. Returns before they are ready."""
+    import ray
+    from ray.serve._private.api import serve_start  # what `serve run CONFIG` itself calls
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(config)
+    ray.init(address="local", namespace="serve", include_dashboard=False, log_to_driver=True)
+    client = serve_start(
+        http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
+    )
+    client.deploy_apps(schema)
+
+
+def wait_until_ready(url: str, report: Callable[[str], None]) -> None:
+    """Wait until the first request would succeed. Raises RuntimeError when that cannot be."""
+    import httpx
+    from ray import serve
+
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    told = ""
+    while time.monotonic() < deadline:
+        status = serve.status()
+        states = {name: app.status.value for name, app in status.applications.items()}
+        if failed := [name for name, state in states.items() if "FAILED" in state]:
+            messages = "\n".join(status.applications[name].message for name in failed)
+            raise RuntimeError(f"{', '.join(failed)} could not be started:\n{messages}")
+        line = ", ".join(f"{name} {state.lower()}" for name, state in sorted(states.items()))
+        if line != told:
+            report(told := line)
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # nothing listens yet
+        time.sleep(POLL_S)
+    raise RuntimeError(f"not ready after {READY_TIMEOUT_S:.0f} s: {told}")
+
+
+def stop() -> None:
+    """Drain and end everything that `start` began."""
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
+
+
+def prepare_environment() -> None:
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,312 @@
+"""Holds one resident model and runs jobs on it. It knows neither the queue nor HTTP.
+
+Three threads overlap: texts and images are encoded on one, the engine denoises on its own, pictures
+are decoded, checked and compressed on a third. This file is the one bridge between the asynchronous
+deployments and the synchronous pipelines.
+"""
+
+import asyncio
+import base64
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image as Picture
+from pydantic import BaseModel
+
+from deployments.files.store import FileStore
+from pipelines import images, registry, zoo
+from pipelines.base import AnyPipeline, Generation, Model
+from pipelines.engine.engine import Engine
+from pipelines.engine.sample import Sample
+from pipelines.safety import SafetyChecker
+from schemas.errors import DarkroomError, InternalError, NotFound
+from schemas.fields import EndpointInput, Image
+from schemas.jobs import Job, JobEvent, JobResult, Logged, Previewed, Update
+from schemas.settings import ModelSettings
+
+logger = logging.getLogger(__name__)
+
+UPDATE_S = 0.05  # events of so long travel together
+PREVIEW_S = 0.5  # the shortest time between two previews of a job
+RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
+
+
+class Worker:
+    """One replica: a model, its endpoints' pipelines, an engine."""
+
+    def __init__(self, settings: ModelSettings, files: FileStore) -> None:
+        torch.set_num_threads(settings.cpu_threads or os.cpu_count() or 1)
+        _bound_gpu_memory(settings)
+        self._settings = settings
+        self._files = files
+        self._pipelines, model = _load(settings)
+        self._safety = _load_safety_checker(settings)
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._engine = Engine(model.predict, settings.batch_tokens)
+        self._engine.start()
+
+    def check_health(self) -> None:
+        """Raise when the replica must be replaced."""
+        if not self._engine.is_alive:
+            raise InternalError("The engine's thread has ended.")
+
+    def close(self) -> None:
+        self._engine.close()
+        self._encoding.shutdown(cancel_futures=True)
+        self._decoding.shutdown(cancel_futures=True)
+
+    async def run(self, endpoint_id: str, request: EndpointInput) -> BaseModel:
+        """A direct call, past the queue: the endpoint's typed Input in, its typed Output out.
+
+        Raises RequestFailed. Pictures are in the file store, or inline in sync mode.
+        """
+        job = Job(
+            request_id=f"direct-{secrets.token_hex(8)}",
+            endpoint_id=endpoint_id,
+            model=self._settings.model,
+            input=request.model_dump(mode="json"),
+        )
+        result = JobResult.failure(InternalError("The run ended without a result."))
+        async for update in self.generate(job):
+            result = update.result or result
+        output: BaseModel = registry.endpoint(endpoint_id).schema().Output(**result.output())
+        return output
+
+    async def generate(self, job: Job) -> AsyncGenerator[Update]:
+        """Run a job; the last update has its result. Closing the generator frees the engine."""
+        outbox = _Outbox()
+        task = asyncio.create_task(self._perform(job, outbox.add))
+        task.add_done_callback(outbox.end)
+        try:
+            while not outbox.ended.is_set():
+                await outbox.filled.wait()
+                if events := outbox.take():
+                    yield Update(events)
+                await _wait(outbox.ended, UPDATE_S)
+            yield Update(outbox.take(), task.result())
+        finally:
+            task.cancel()
+
+    async def _perform(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
+        try:
+            return await self._answer(job, emit)
+        except DarkroomError as error:
+            return JobResult.failure(error)
+        except Exception:
+            logger.exception("request %s failed", job.request_id)
+            message = f"The model failed. The server's log says why, under {job.request_id}."
+            return JobResult.failure(InternalError(message))
+
+    async def _answer(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
+        pipeline = self._pipelines.get(job.endpoint_id)
+        if pipeline is None:
+            raise NotFound(f"This worker does not serve {job.endpoint_id}.")
+        request = registry.endpoint(job.endpoint_id).input_type().model_validate(job.input)
+        request.check(self._settings.limits)
+        watch = _Stopwatch()
+        generation = await self._off_loop(
+            self._encoding, pipeline.prepare, request, secrets.randbelow(RANDOM_SEEDS)
+        )
+        watch.lap("encode")
+        await self._denoise(job, pipeline, request, generation, emit)
+        watch.lap("denoise")
+        pictures, flags = await self._off_loop(self._decoding, self._finish, pipeline, generation)
+        stored = [await self._store(job, generation, picture) for picture in pictures]
+        watch.lap("decode")
+        if generation.check_safety and self._safety is None:
+            emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
+        timings = watch.timings()
+        output = pipeline.answer(request, stored, generation.seed, flags, timings)
+        return JobResult.success(output.model_dump(mode="json"), timings["inference"])
+
+    async def _denoise(
+        self,
+        job: Job,
+        pipeline: AnyPipeline,
+        request: EndpointInput,
+        generation: Generation,
+        emit: Callable[[JobEvent], None],
+    ) -> None:
+        """Put the samples through the engine, telling of each step."""
+        progress = _Progress(generation.samples, asyncio.get_running_loop())
+        for sample in generation.samples:
+            self._engine.add(sample, progress)
+        previewed_at = 0.0
+        try:
+            async for step in progress.steps():
+                emit(Logged(f"step {step}/{progress.total}"))
+                now = time.monotonic()
+                if job.previews and step < progress.total and now - previewed_at >= PREVIEW_S:
+                    previewed_at = now
+                    emit(await self._preview(pipeline, request, generation))
+        finally:
+            for sample in generation.samples:
+                self._engine.remove(sample)
+
+    async def _preview(
+        self, pipeline: AnyPipeline, request: EndpointInput, generation: Generation
+    ) -> Previewed:
+        def draw() -> dict[str, Any]:
+            pictures = [pipeline.preview(sample) for sample in generation.samples]
+            shown = [_inline(picture, images.encode(picture, "jpeg"), "jpeg") for picture in pictures]
+            flags = [False] * len(shown)
+            output = pipeline.answer(request, shown, generation.seed, flags, {})
+            return dict(output.model_dump(mode="json"))
+
+        return Previewed(await self._off_loop(self._decoding, draw))
+
+    def _finish(
+        self, pipeline: AnyPipeline, generation: Generation
+    ) -> tuple[list[tuple[Picture, bytes]], list[bool]]:
+        """Decode, check and compress: pictures with their bytes, and their flags."""
+        pictures = [pipeline.finish(sample) for sample in generation.samples]
+        flags = [False] * len(pictures)
+        if generation.check_safety and self._safety is not None:
+            flags = self._safety.flags(pictures)
+        shown = [
+            images.blackened(picture) if flag else picture
+            for picture, flag in zip(pictures, flags, strict=True)
+        ]
+        return [(each, images.encode(each, generation.format)) for each in shown], flags
+
+    async def _store(self, job: Job, generation: Generation, encoded: tuple[Picture, bytes]) -> Image:
+        picture, data = encoded
+        if generation.inline:
+            return _inline(picture, data, generation.format)
+        kind = images.content_type(generation.format)
+        key = await self._files.save(data, kind)
+        url = self._files.url(key, job.base_url)
+        return Image(url=url, width=picture.width, height=picture.height, content_type=kind)
+
+    @staticmethod
+    async def _off_loop(pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+
+
+class _Outbox:
+    """Events on their way out of a job, until it ends."""
+
+    def __init__(self) -> None:
+        self.filled = asyncio.Event()  # something to take, or the end
+        self.ended = asyncio.Event()
+        self._events: list[JobEvent] = []
+
+    def add(self, event: JobEvent) -> None:
+        self._events.append(event)
+        self.filled.set()
+
+    def end(self, _: "asyncio.Task[JobResult]") -> None:
+        self.ended.set()
+        self.filled.set()
+
+    def take(self) -> tuple[JobEvent, ...]:
+        events, self._events = tuple(self._events), []
+        if not self.ended.is_set():
+            self.filled.clear()
+        return events
+
+
+class _Progress:
+    """Listens to the samples of one job on the engine's thread, speaks on the event loop."""
+
+    def __init__(self, samples: Sequence[Sample], loop: asyncio.AbstractEventLoop) -> None:
+        self.total = max(sample.plan.steps for sample in samples)
+        self._samples = samples
+        self._loop = loop
+        self._running = len(samples)
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    def stepped(self, sample: Sample) -> None:
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    def ended(self, sample: Sample, error: BaseException | None) -> None:
+        self._loop.call_soon_threadsafe(self._count, error)
+
+    def _count(self, error: BaseException | None) -> None:
+        self._running -= 1
+        self._error = self._error or error
+        self._changed.set()
+
+    async def steps(self) -> AsyncGenerator[int]:
+        """Each step that all samples have done, 1 … total. Raises what a sample failed with."""
+        told = 0
+        while self._error is None and (self._running or told < self.total):
+            await self._changed.wait()
+            self._changed.clear()
+            done = min(sample.step for sample in self._samples)
+            for step in range(told + 1, done + 1):
+                yield step
+            told = max(told, done)
+        if self._error is not None:
+            raise self._error
+
+
+class _Stopwatch:
+    """Seconds by stage, and in all as `inference`."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self._laps[stage] = round(now - self._last, 4)
+        self._last = now
+
+    def timings(self) -> dict[str, float]:
+        return {"inference": round(self._last - self._start, 4), **self._laps}
+
+
+def _inline(picture: Picture, data: bytes, format: images.Format) -> Image:
+    kind = images.content_type(format)
+    url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return Image(url=url, width=picture.width, height=picture.height, content_type=kind)
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        pass
+
+
+def _bound_gpu_memory(settings: ModelSettings) -> None:
+    """Ray's fraction is only bookkeeping; this makes torch keep to it."""
+    if settings.device.startswith("cuda") and 0 < settings.num_gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(settings.num_gpus)
+
+
+def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
+    """The resident model, and a pipeline on it for each endpoint."""
+    endpoints = [registry.endpoint(endpoint_id) for endpoint_id in settings.endpoints]
+    kinds: dict[str, type[AnyPipeline]] = {each.id: each.pipeline().Pipeline for each in endpoints}
+    families = {each.family for each in endpoints}
+    if len(families) != 1:
+        raise ValueError(f"one model cannot serve several families: {sorted(families)}")
+    started = time.monotonic()
+    model = next(iter(kinds.values())).model_type.load(_source(settings.model), settings)
+    logger.info("loaded %s in %.1f s", settings.model, time.monotonic() - started)
+    return {endpoint_id: kind(model) for endpoint_id, kind in kinds.items()}, model
+
+
+def _load_safety_checker(settings: ModelSettings) -> SafetyChecker | None:
+    if settings.safety_checker is None:
+        return None
+    return SafetyChecker.load(_source(settings.safety_checker), settings.device)
+
+
+def _source(name: str) -> Path | str:
+    """`zoo:NAME` → its folder, built when absent; a folder → itself; anything else is a Hub id."""
+    if name.startswith("zoo:"):
+        return zoo.locate(name.removeprefix("zoo:"))
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else name

@@ -1,0 +1,91 @@
+"""The contract of the pipelines: prepare → predict → finish.
+
+`Pipeline.prepare` turns a request into samples, `Model.predict` runs inside the engine's loop on
+samples of many requests and endpoints, `Pipeline.finish` turns a finished sample into a picture.
+An endpoint is one Pipeline; the endpoints of a family share one Model. All of it is synchronous,
+and nothing here knows of Ray, HTTP or a database.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from PIL.Image import Image as Picture
+from pydantic import BaseModel
+from torch import Tensor
+
+from pipelines.engine.sample import Sample
+from pipelines.images import Format
+from schemas.fields import EndpointInput, Image
+from schemas.settings import ModelSettings
+
+InputT = TypeVar("InputT", bound=EndpointInput)
+ModelT = TypeVar("ModelT", bound="Model")
+
+
+class Model(ABC):
+    """A family's resident weights."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: Path | str, settings: ModelSettings) -> Self:
+        """Load from a local folder or a Hub id, onto `settings.device` in `settings.dtype`."""
+
+    @abstractmethod
+    def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
+        """The prediction for each sample at its current step: one forward for all of them.
+
+        The samples share a key. Answers have the shape of the sample's latents, in float32.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A request ready to run: its samples, and what becomes of their pictures."""
+
+    samples: tuple[Sample, ...]  # one a picture, in order
+    seed: int  # of the first picture; picture i uses seed + i
+    format: Format
+    check_safety: bool
+    inline: bool  # pictures go into the answer as data URIs
+
+
+class Pipeline(ABC, Generic[InputT, ModelT]):
+    """One endpoint on its family's model. Holds no state of any request."""
+
+    model_type: ClassVar[type[Model]]
+
+    def __init__(self, model: ModelT) -> None:
+        self.model = model
+
+    @abstractmethod
+    def prepare(self, request: InputT, seed: int) -> Generation:
+        """Encode the texts and images of a request and draw its noise.
+
+        `seed` stands in where the request has none. Raises InputError for what only the model can
+        tell. Changes nothing shared.
+        """
+
+    @abstractmethod
+    def finish(self, sample: Sample) -> Picture:
+        """Decode a finished sample. Raises InternalError when its numbers are not finite."""
+
+    @abstractmethod
+    def preview(self, sample: Sample) -> Picture:
+        """A small and quick picture of a sample under way, after at least one step."""
+
+    @abstractmethod
+    def answer(
+        self,
+        request: InputT,
+        images: list[Image],
+        seed: int,
+        flags: list[bool],
+        timings: dict[str, float],
+    ) -> BaseModel:
+        """The endpoint's Output. `flags` marks pictures found unsafe, `timings` are seconds."""
+
+
+AnyPipeline = Pipeline[Any, Any]

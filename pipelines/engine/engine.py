@@ -1,0 +1,124 @@
+"""The denoising loop: samples of many requests join and leave between steps.
+
+It does not know what a prompt, an image or an endpoint is, and it never waits for anything but work.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from threading import Condition, Thread
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipelines.engine.batcher import choose
+from pipelines.engine.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+Predict = Callable[[Sequence[Sample]], Sequence[Tensor]]
+"""Samples of one key → the model's prediction for each, same order, float32."""
+
+
+class Listener(Protocol):
+    """Hears of a sample's way. Called on the engine's thread: must be quick and must not raise."""
+
+    def stepped(self, sample: Sample) -> None:
+        """One more step is done."""
+
+    def ended(self, sample: Sample, error: BaseException | None) -> None:
+        """The last step is done, or the sample failed. Not called for a removed sample."""
+
+
+class Engine:
+    """Runs `predict` over the samples added to it, one batch a turn, on a thread of its own.
+
+    `budget` bounds a batch in image tokens (see `choose`). `add` and `remove` may be called from any
+    thread and take effect before the next turn.
+    """
+
+    def __init__(self, predict: Predict, budget: int) -> None:
+        self._predict = predict
+        self._budget = budget
+        self._active: dict[Sample, Listener] = {}
+        self._changed = Condition()
+        self._turn = 0
+        self._closed = False
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the turn under way; samples not done are dropped without a word."""
+        with self._changed:
+            self._closed = True
+            self._active.clear()
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def __len__(self) -> int:
+        """How many samples are under way."""
+        return len(self._active)
+
+    def add(self, sample: Sample, listener: Listener) -> None:
+        with self._changed:
+            assert not self._closed, "a closed engine takes no samples"
+            self._active[sample] = listener
+            self._changed.notify_all()
+
+    def remove(self, sample: Sample) -> None:
+        """Drop a sample, done or not, known or not."""
+        with self._changed:
+            self._active.pop(sample, None)
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait_for_work():
+                self.step()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._active or self._closed)
+            return not self._closed
+
+    def step(self) -> None:
+        """One turn: choose a batch, predict, advance."""
+        with self._changed:
+            if not self._active:
+                return
+            batch = choose(list(self._active), self._budget)
+        for sample, prediction in self._predictions(batch):
+            self._advance(sample, prediction)
+        self._turn += 1
+
+    def _predictions(self, batch: Sequence[Sample]) -> list[tuple[Sample, Tensor | BaseException]]:
+        """A prediction or an error for each. A batch that fails is run again row by row, so that
+        the row at fault fails alone."""
+        try:
+            return list(zip(batch, self._predict(batch), strict=True))
+        except Exception as error:  # noqa: BLE001 - the top of the loop; ends up at the listener
+            if len(batch) == 1:
+                return [(batch[0], error)]
+        logger.warning("a batch of %d failed; running its rows alone", len(batch))
+        return [pair for sample in batch for pair in self._predictions([sample])]
+
+    def _advance(self, sample: Sample, prediction: Tensor | BaseException) -> None:
+        listener = self._active.get(sample)
+        if listener is None:  # removed while its step ran
+            return
+        if isinstance(prediction, BaseException):
+            self.remove(sample)
+            listener.ended(sample, prediction)
+            return
+        sample.advance(prediction)
+        sample.last_turn = self._turn
+        listener.stepped(sample)
+        if sample.is_done:
+            self.remove(sample)
+            listener.ended(sample, None)

@@ -1,0 +1,74 @@
+"""Embedded models: the real classes at tiny sizes with random weights, built on this machine.
+
+They stand in for published weights in tests, demos and first starts. Nothing here knows how a
+picture is made; importing this package loads neither torch nor diffusers.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+
+Report = Callable[[str], None]
+
+# Part of every folder's name. Raise it when a builder changes what it writes.
+RECIPE = 1
+
+_BUILDERS = {
+    "flux": "pipelines.zoo.flux",
+    "safety-checker": "pipelines.zoo.safety",
+}
+
+_log = logging.getLogger(__name__)
+_building = Lock()
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_BUILDERS)
+
+
+def locate(name: str, root: Path | None = None, report: Report = _log.info) -> Path:
+    """The folder of an embedded model, built under `root` if it is not there yet.
+
+    Safe to call from several threads and processes at once: all get the same folder, which is
+    either absent or whole. `report` gets one short line per stage of a build, and none when the
+    folder is there; it must not call `locate` itself.
+    Raises ValueError for a name that `names` does not list.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown embedded model {name!r}; known: {', '.join(names())}")
+    folder = (root or _cache()) / f"{name}-{RECIPE}"
+    with _building:
+        if not folder.is_dir():
+            _build(name, folder, lambda stage: report(f"embedded {name}: {stage}"))
+    return folder
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "darkroom" / "zoo"
+
+
+def _build(name: str, folder: Path, report: Report) -> None:
+    builder = import_module(_BUILDERS[name])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The draft lies one level down because a temporary folder is closed to other users.
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
+        draft = Path(staging) / folder.name
+        draft.mkdir()
+        builder.build(draft, report)
+        _publish(draft, folder)
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    for weights in draft.rglob("*.safetensors"):
+        weights.chmod(0o644)  # they are written for the owner alone, unlike the files beside them
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        # A folder with files in it is never replaced: whoever came first has published theirs.
+        if not folder.is_dir():
+            raise

@@ -1,0 +1,196 @@
+"""The one error tree. A class says who is at fault, which HTTP status that is, and whether to try again.
+
+    DarkroomError
+    ├── RequestFailed           how another process's request ended, status and all
+    ├── RequestError            the caller's: 4xx
+    │   ├── InputError          422, a list of fields and what to change
+    │   ├── BadRequest          400
+    │   ├── NotAuthenticated    401
+    │   ├── NotFound            404
+    │   ├── MethodNotAllowed    405
+    │   ├── BodyTooLarge        413
+    │   ├── QueueFull           429
+    │   └── Cancelled           499
+    └── ServerError             ours: 5xx
+        ├── InternalError       500, the model failed on a valid request
+        ├── WorkerLost          503, the process that ran it died
+        ├── NotReady            503, nothing can serve it at this moment
+        └── StartTimeout        504, the caller's own start deadline passed
+
+Shapes follow fal.ai: model errors carry a list `detail`, infrastructure errors a string `detail` and
+an `error_type`. Both carry a top-level `message`, because fal's JavaScript client shows only that.
+Every class is constructed from positional values, so that it survives pickling between processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+Location = tuple[str | int, ...]
+
+
+class DarkroomError(Exception):
+    """The base: `message` tells the caller what to change or what to expect."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body of the HTTP answer."""
+        return {"detail": self.message, "error_type": self.error_type, "message": self.message}
+
+
+class RequestError(DarkroomError):
+    """The request cannot be served as it is; sending it again changes nothing."""
+
+    status = 400
+    error_type = "bad_request"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One field that is wrong: where (`("body", "prompt")`), what to change, and pydantic's or fal's type."""
+
+    loc: Location
+    msg: str
+    type: str
+    ctx: dict[str, Any] = field(default_factory=dict)
+    input: Any = None
+
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {"loc": list(self.loc), "msg": self.msg, "type": self.type}
+        if self.ctx:
+            body["ctx"] = self.ctx
+        if self.input is not None:
+            body["input"] = self.input
+        return body
+
+    def sentence(self) -> str:
+        path = ".".join(str(part) for part in self.loc[1:])
+        return f"{path}: {self.msg}" if path else self.msg
+
+
+class InputError(RequestError):
+    """Some fields are wrong; `fields` names each of them."""
+
+    status = 422
+    error_type = "validation_error"
+
+    def __init__(self, fields: Sequence[FieldError]) -> None:
+        self.fields = tuple(fields)
+        super().__init__("; ".join(each.sentence() for each in self.fields))
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[Any, ...]]:
+        return type(self), (self.fields,)
+
+    def body(self) -> dict[str, Any]:
+        return {"detail": [each.body() for each in self.fields], "message": self.message}
+
+
+class BadRequest(RequestError):
+    """The request itself is malformed."""
+
+
+class NotAuthenticated(RequestError):
+    """No key, or a wrong one."""
+
+    status = 401
+    error_type = "auth_error"
+
+
+class NotFound(RequestError):
+    """No such application, path, request or file."""
+
+    status = 404
+    error_type = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, the method does not."""
+
+    status = 405
+    error_type = "method_not_allowed"
+
+
+class BodyTooLarge(RequestError):
+    """The body exceeds the server's limit."""
+
+    status = 413
+    error_type = "request_too_large"
+
+
+class QueueFull(RequestError):
+    """More requests wait than the caller accepts."""
+
+    status = 429
+    error_type = "queue_full"
+    retryable = True
+
+
+class Cancelled(RequestError):
+    """The caller cancelled the request."""
+
+    status = 499
+    error_type = "client_cancelled"
+
+    def __init__(self, message: str = "Request cancelled by the client.") -> None:
+        super().__init__(message)
+
+
+class RequestFailed(DarkroomError):
+    """A finished request did not succeed; `status`, `error_type` and the body are its answer's."""
+
+    def __init__(self, message: str, status: int, error_type: str, answer: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.args = (message, status, error_type, answer)
+        self.status = status  # type: ignore[misc]
+        self.error_type = error_type  # type: ignore[misc]
+        self._answer = answer
+
+    def body(self) -> dict[str, Any]:
+        return self._answer
+
+
+class ServerError(DarkroomError):
+    """The request was fine; the server failed."""
+
+
+class InternalError(ServerError):
+    """The model failed on a valid request. The cause is in the server's log under the request id."""
+
+    error_type = "internal_server_error"
+
+    def body(self) -> dict[str, Any]:
+        detail = FieldError(("body",), self.message, self.error_type)
+        return {"detail": [detail.body()], "error_type": self.error_type, "message": self.message}
+
+
+class WorkerLost(ServerError):
+    """The process that ran the request died or could not be reached."""
+
+    status = 503
+    error_type = "runner_disconnected"
+    retryable = True
+
+
+class NotReady(ServerError):
+    """Nothing can serve the request at this moment."""
+
+    status = 503
+    error_type = "runner_scheduling_failure"
+    retryable = True
+
+
+class StartTimeout(ServerError):
+    """The request did not start within the time its caller set."""
+
+    status = 504
+    error_type = "request_timeout"
+
+    def __init__(self, message: str = "Request timed out") -> None:
+        super().__init__(message)

@@ -1,0 +1,107 @@
+"""Field types that endpoints share, with their bounds and units."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from schemas.errors import FieldError, InputError
+from schemas.settings import Limits
+
+Prompt = Annotated[str, Field(max_length=32_768)]
+# torch takes any 64-bit seed; the sign is kept, so that the seed in the answer is the one sent.
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class ImageSize(BaseModel):
+    """A custom size in pixels. Models round it down to their own grid and report what they made."""
+
+    model_config = ConfigDict(frozen=True)
+
+    width: int = Field(512, gt=0, le=14142, description="The width of the generated image.")
+    height: int = Field(512, gt=0, le=14142, description="The height of the generated image.")
+
+
+class ImageSizePreset(StrEnum):
+    """fal.ai's named sizes."""
+
+    square_hd = "square_hd"
+    square = "square"
+    portrait_4_3 = "portrait_4_3"
+    portrait_16_9 = "portrait_16_9"
+    landscape_4_3 = "landscape_4_3"
+    landscape_16_9 = "landscape_16_9"
+
+
+def _tag(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "preset"
+    return "custom" if isinstance(value, Mapping | ImageSize) else None
+
+
+AnySize = Annotated[
+    Annotated[ImageSize, Tag("custom")] | Annotated[ImageSizePreset, Tag("preset")],
+    Discriminator(
+        _tag,
+        custom_error_type="image_size",
+        custom_error_message="Give the name of a size, or an object with width and height",
+    ),
+]
+
+PRESETS: Mapping[ImageSizePreset, ImageSize] = {
+    ImageSizePreset.square_hd: ImageSize(width=1024, height=1024),
+    ImageSizePreset.square: ImageSize(width=512, height=512),
+    ImageSizePreset.portrait_4_3: ImageSize(width=768, height=1024),
+    ImageSizePreset.portrait_16_9: ImageSize(width=576, height=1024),
+    ImageSizePreset.landscape_4_3: ImageSize(width=1024, height=768),
+    ImageSizePreset.landscape_16_9: ImageSize(width=1024, height=576),
+}
+
+
+def resolve(size: ImageSize | ImageSizePreset) -> ImageSize:
+    """The pixels that a preset or a custom size asks for."""
+    return PRESETS[size] if isinstance(size, ImageSizePreset) else size
+
+
+def check_size(size: ImageSize, limits: Limits) -> None:
+    """Raise InputError when the picture has more pixels than this server makes."""
+    pixels = size.width * size.height
+    if pixels <= limits.max_pixels:
+        return
+    raise InputError(
+        [
+            FieldError(
+                ("body", "image_size"),
+                f"width × height must be at most {limits.max_pixels} pixels, "
+                f"got {size.width} × {size.height} = {pixels}; ask for a smaller size",
+                "less_than_equal",
+                {"le": limits.max_pixels},
+            )
+        ]
+    )
+
+
+class EndpointInput(BaseModel):
+    """The base of every endpoint's Input: unknown fields are ignored, null means absent, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+    def check(self, limits: Limits) -> None:
+        """Raise InputError for what the schema allows and this server does not make."""
+
+
+class Image(BaseModel):
+    """A picture in an answer."""
+
+    url: str = Field(description="Where the picture is, or the picture itself as a data URI.")
+    width: int
+    height: int
+    content_type: str = "image/jpeg"

@@ -1,0 +1,157 @@
+"""The values that walk through the server: a job, its events, its result. All frozen, all picklable."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any, Literal
+
+from schemas.errors import DarkroomError, RequestFailed
+
+
+class State(StrEnum):
+    """Where a job is. Completed is final, whatever the outcome."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+
+
+class Priority(IntEnum):
+    """The smaller number runs first."""
+
+    NORMAL = 0
+    LOW = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One accepted request: what is asked, of which model, and how the caller wants to hear of it."""
+
+    request_id: str
+    endpoint_id: str
+    model: str  # the Serve application that runs it
+    input: dict[str, Any]  # JSON, valid for the endpoint's Input
+    tenant: str = "public"  # the key's id
+    priority: Priority = Priority.NORMAL
+    base_url: str = ""  # how the caller reaches the server; file URLs begin with it
+    start_timeout_s: float | None = None  # must start within, counted from acceptance
+    webhook_url: str | None = None
+    previews: bool = False  # the caller watches pictures form
+
+
+LogLevel = Literal["DEBUG", "INFO", "WARN", "ERROR"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A line for the caller's log."""
+
+    message: str
+    level: LogLevel = "INFO"
+
+
+@dataclass(frozen=True, slots=True)
+class Previewed:
+    """A picture on its way: the endpoint's Output as it would be now, with a small data URI."""
+
+    output: dict[str, Any]
+
+
+JobEvent = Logged | Previewed
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a job ended: the HTTP answer that its caller gets, for ever the same."""
+
+    status: int
+    body: dict[str, Any]
+    error: str | None = None
+    error_type: str | None = None
+    retryable: bool = False
+    inference_s: float | None = None
+
+    @classmethod
+    def success(cls, output: dict[str, Any], inference_s: float) -> "JobResult":
+        return cls(200, output, inference_s=inference_s)
+
+    @classmethod
+    def failure(cls, error: DarkroomError) -> "JobResult":
+        return cls(
+            error.status,
+            error.body(),
+            error=error.message,
+            error_type=error.error_type,
+            retryable=error.retryable,
+        )
+
+    def output(self) -> dict[str, Any]:
+        """The output of a success. Raises RequestFailed with what the caller would have been told."""
+        if self.status == 200:
+            return self.body
+        raise RequestFailed(self.error or "", self.status, self.error_type or "", self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a worker says since it last spoke: events, and with the last update the result."""
+
+    events: tuple[JobEvent, ...] = ()
+    result: JobResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The answer to a submit."""
+
+    request_id: str
+    position: int  # jobs of the same model that run before it
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job held under a lease. Writes carry the fence; a stale one is refused."""
+
+    job: Job
+    fence: int
+    attempt: int  # 1 for the first
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A job event as it was stored; `seq` grows over the whole server."""
+
+    seq: int
+    request_id: str
+    at: float  # seconds since the epoch
+    event: JobEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A job as the queue knows it now."""
+
+    job: Job
+    state: State
+    accepted_at: float
+    position: int | None = None  # while queued
+    started_at: float | None = None
+    finished_at: float | None = None
+    attempts: int = 0
+    cancel_requested: bool = False
+    result: JobResult | None = None
+
+
+class CancelOutcome(StrEnum):
+    """What a cancel request met."""
+
+    REQUESTED = "requested"
+    ALREADY_COMPLETED = "already_completed"
+    NOT_FOUND = "not_found"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a watcher sees: the record now, and the events since it last looked."""
+
+    record: Record
+    events: tuple[Event, ...] = field(default=())

@@ -1,0 +1,130 @@
+"""Every knob, typed and frozen: the form of the `args` and `user_config` in serve_config.yaml.
+
+An unknown key or a bad value stops the start and is named. Units are in the names.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """The base of all settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(Settings):
+    """What one request may ask for beyond what its schema says."""
+
+    max_pixels: int = Field(2048 * 2048, gt=0, description="width × height of one picture")
+
+
+class LeaseSettings(Settings):
+    """How the dispatcher holds what it has claimed."""
+
+    lease_s: float = Field(30, gt=0, description="a claim not renewed for so long is lost")
+    heartbeat_s: float = Field(10, gt=0, description="how often claims are renewed")
+    max_crashes: int = Field(3, ge=1, description="lost workers after which a request is given up")
+    backoff_s: float = Field(1, ge=0, description="wait after the first crash; doubles with each")
+
+    @model_validator(mode="after")
+    def _beats_within_the_lease(self) -> "LeaseSettings":
+        if self.heartbeat_s * 2 > self.lease_s:
+            raise ValueError(
+                f"heartbeat_s ({self.heartbeat_s}) must be at most half of lease_s ({self.lease_s})"
+            )
+        return self
+
+
+class FrontSettings(Settings):
+    """The `args` of the front application: gateway, dispatcher, webhooks."""
+
+    queue_url: str = Field(
+        "sqlite:///~/.local/share/darkroom/queue.sqlite3",
+        description="the durable queue; SQLite lies on a local disk of one node",
+    )
+    files_url: str = Field("file://~/.local/share/darkroom/files", description="where pictures are kept")
+    public_url: str | None = Field(
+        None, description="how clients reach this server; taken from the request when not set"
+    )
+    keys_env: str = Field(
+        "DARKROOM_KEYS",
+        description="name of the environment variable with ID:SECRET pairs, separated by commas "
+        "or blanks; authentication is off when it is empty",
+    )
+    max_body_bytes: int = Field(100 * 2**20, gt=0)
+    limits: Limits = Limits()
+    lease: LeaseSettings = LeaseSettings()
+    gateway_replicas: int = Field(1, ge=1)
+
+
+class ModelEntry(Settings):
+    """What the front knows of a model application."""
+
+    endpoints: tuple[str, ...] = Field(min_length=1, description="endpoint ids that it serves")
+    window: int = Field(
+        8, ge=1, description="requests handed to Serve at once: replicas × concurrency and a little"
+    )
+
+
+class Catalogue(Settings):
+    """The `user_config` of gateway and dispatcher: which application serves which endpoint."""
+
+    models: dict[str, ModelEntry]
+
+    @model_validator(mode="after")
+    def _one_model_per_endpoint(self) -> "Catalogue":
+        seen: dict[str, str] = {}
+        for model, entry in self.models.items():
+            for endpoint_id in entry.endpoints:
+                if endpoint_id in seen:
+                    raise ValueError(f"{endpoint_id} is served by both {seen[endpoint_id]} and {model}")
+                seen[endpoint_id] = model
+        return self
+
+    def model_of(self, endpoint_id: str) -> str | None:
+        """The application that serves `endpoint_id`, or None."""
+        return self.routes().get(endpoint_id)
+
+    def routes(self) -> dict[str, str]:
+        """Endpoint id → application name."""
+        return {endpoint_id: model for model, entry in self.models.items() for endpoint_id in entry.endpoints}
+
+
+class ModelSettings(Settings):
+    """The `args` of a model application: one resident base model and the endpoints it serves."""
+
+    model: str = Field(description="zoo:NAME, a local folder, or a Hub id")
+    endpoints: tuple[str, ...] = Field(min_length=1)
+    safety_checker: str | None = Field(
+        None, description="the same kinds of source; null: requests that ask for it are not checked"
+    )
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda|mps)(:\d+)?$")] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_sequence_length: int = Field(512, ge=1, le=512, description="T5 tokens of a prompt")
+    batch_tokens: int = Field(
+        16_384, gt=0, description="image tokens that one forward may hold; 1024 × 1024 has 4096"
+    )
+    cpu_threads: int | None = Field(None, ge=1, description="torch threads; null: all cores")
+    limits: Limits = Limits()
+    files_url: str = FrontSettings.model_fields["files_url"].default
+    num_gpus: float = Field(0, ge=0, description="GPUs of a replica; a fraction shares one")
+    num_cpus: float = Field(1, ge=0)
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    concurrency: int = Field(8, ge=1, description="requests that one replica takes at once")
+    drain_s: float = Field(120, gt=0, description="longest wait for running images at a shutdown")
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> "ModelSettings":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas ({self.min_replicas}) exceeds max_replicas ({self.max_replicas})")
+        return self
+
+
+def local_path(url: str, scheme: str) -> Path | None:
+    """The path in a `scheme://` URL with ~ expanded, or None when the URL has another scheme."""
+    prefix = f"{scheme}://"
+    return Path(url.removeprefix(prefix)).expanduser().absolute() if url.startswith(prefix) else None
