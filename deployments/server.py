@@ -1,6 +1,8 @@
 """Starts Ray and Serve from a configuration file, on this machine, for `darkroom serve`."""
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +18,11 @@ DEFAULT_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # several times less time per request than the Python proxy
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a foreground server has no balancer to warn
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    "RAY_AUTH_MODE": "disabled",  # Ray's own ports listen on loopback only
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 
 def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any]:
@@ -37,28 +40,33 @@ def address(config: dict[str, Any]) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{options.get('port', 8000)}"
 
 
-def start(config: dict[str, Any]) -> None:
-    """Start Ray and submit the applications. Returns before they are ready."""
+def start(config: dict[str, Any], *, verbose: bool) -> Path:
+    """Start Ray and submit the applications; returns the folder of logs, before they are ready."""
     import ray
     from ray.serve._private.api import serve_start  # what `serve run CONFIG` itself calls
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(config)
-    ray.init(address="local", namespace="serve", include_dashboard=False, log_to_driver=True)
-    client = serve_start(
-        http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location
+    context = ray.init(
+        address="local",
+        namespace="serve",
+        include_dashboard=False,
+        log_to_driver=verbose,
+        logging_level="INFO" if verbose else "WARNING",
     )
+    client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
     client.deploy_apps(schema)
+    return Path(context.address_info["session_dir"]) / "logs" / "serve"
 
 
-def wait_until_ready(url: str, report: Callable[[str], None]) -> None:
-    """Wait until the first request would succeed. Raises RuntimeError when that cannot be."""
+def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str], None]) -> None:
+    """Wait until the first request would succeed, or `stopped`. Raises RuntimeError when it cannot."""
     import httpx
     from ray import serve
 
     deadline = time.monotonic() + READY_TIMEOUT_S
     told = ""
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not stopped.wait(POLL_S):
         status = serve.status()
         states = {name: app.status.value for name, app in status.applications.items()}
         if failed := [name for name, state in states.items() if "FAILED" in state]:
@@ -72,8 +80,8 @@ def wait_until_ready(url: str, report: Callable[[str], None]) -> None:
                 return
         except httpx.TransportError:
             pass  # nothing listens yet
-        time.sleep(POLL_S)
-    raise RuntimeError(f"not ready after {READY_TIMEOUT_S:.0f} s: {told}")
+    if not stopped.is_set():
+        raise RuntimeError(f"not ready after {READY_TIMEOUT_S:.0f} s: {told}")
 
 
 def stop() -> None:
@@ -86,5 +94,15 @@ def stop() -> None:
 
 
 def prepare_environment() -> None:
+    """Set what Ray reads when it is imported."""
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    for name in HAPROXY_PORTS:  # fixed by default, so that a second server could not start
+        os.environ.setdefault(name, str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

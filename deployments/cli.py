@@ -1,0 +1,179 @@
+"""The command line: thin calls on a server, and the server itself."""
+
+import base64
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deployments import server
+from deployments.gateway import keys
+from deployments.remote import Refused, Remote
+from schemas.settings import FrontSettings
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, help="Self-hosted fal.ai image endpoints.")
+console = Console()
+errors = Console(stderr=True)
+
+KEYS_ENV = FrontSettings.model_fields["keys_env"].default
+
+Url = Annotated[str, typer.Option(envvar="DARKROOM_URL", help="the server")]
+Key = Annotated[str | None, typer.Option(envvar="FAL_KEY", help="ID:SECRET, where the server wants one")]
+LOCAL_URL = "http://127.0.0.1:8000"
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = Path("serve_config.yaml"),
+    host: Annotated[str | None, typer.Option(help="instead of the file's")] = None,
+    port: Annotated[int | None, typer.Option(help="instead of the file's")] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(help=f"ID:SECRET; turns authentication on, as does {KEYS_ENV}"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="show the logs of all processes")] = False,
+) -> None:
+    """Run the server in the foreground until Ctrl-C."""
+    server.prepare_environment()
+    os.environ[KEYS_ENV] = " ".join([*os.environ.get(KEYS_ENV, "").split(), *(key or [])])
+    with _explained():
+        required = keys.parse(os.environ[KEYS_ENV])
+    if not required:
+        errors.print(f"[bold red]AUTHENTICATION IS OFF[/]: set {KEYS_ENV} or pass --key to turn it on.")
+    settings = server.load_config(config, host, port)
+    url = server.address(settings)
+    stopped = threading.Event()
+    _stop_on_signal(stopped)
+    try:
+        with _explained():
+            logs = server.start(settings, verbose=verbose)
+            _stop_on_signal(stopped)  # Ray has put its own handlers in place
+            console.print(f"logs in {logs}", highlight=False)
+            server.wait_until_ready(url, stopped, lambda line: console.print(line, highlight=False))
+        if not stopped.is_set():
+            print(f"ready on {url}", flush=True)
+        stopped.wait()
+    finally:
+        console.print("stopping")
+        server.stop()
+
+
+@app.command()
+def run(
+    endpoint: Annotated[str, typer.Argument(help="an endpoint id; see `darkroom models`")],
+    input: Annotated[
+        list[str], typer.Option("--input", "-i", help="a JSON file, - for standard input, or name=value")
+    ],
+    out: Annotated[Path, typer.Option(help="where pictures are put")] = Path("."),
+    url: Url = LOCAL_URL,
+    key: Key = None,
+) -> None:
+    """Make pictures: submit to the queue, watch, download."""
+    with _explained():
+        remote = Remote(url, key)
+        receipt = remote.submit(endpoint, _fields(input))
+        _watch(remote, receipt)
+        output = remote.result(receipt["response_url"])
+        for number, image in enumerate(output.get("images", [])):
+            path = _save(remote, image, out / f"{receipt['request_id']}-{number}")
+            image["url"] = image["url"] if not image["url"].startswith("data:") else "data:…"
+            console.print(f"{path}  {image['width']} × {image['height']}", highlight=False)
+        console.print_json(json.dumps(output))
+
+
+@app.command()
+def status(request_id: str, url: Url = LOCAL_URL, key: Key = None) -> None:
+    """Show where a request is, with its log."""
+    with _explained():
+        console.print_json(json.dumps(Remote(url, key).status(request_id)))
+
+
+@app.command()
+def cancel(request_id: str, url: Url = LOCAL_URL, key: Key = None) -> None:
+    """Give a request up."""
+    with _explained():
+        console.print(Remote(url, key).cancel(request_id)["status"])
+
+
+@app.command()
+def models(url: Url = LOCAL_URL, key: Key = None) -> None:
+    """List the endpoints that a server serves."""
+    with _explained():
+        table = Table("endpoint")
+        for endpoint in Remote(url, key).endpoints():
+            table.add_row(endpoint)
+        console.print(table)
+
+
+def _fields(inputs: list[str]) -> dict[str, Any]:
+    """The request's fields from files, standard input and name=value pairs; later ones win."""
+    fields: dict[str, Any] = {}
+    for each in inputs:
+        name, equals, value = each.partition("=")
+        if equals and name.isidentifier():
+            fields[name] = _value(value)
+        else:
+            text = sys.stdin.read() if each == "-" else Path(each).read_text()
+            fields.update(json.loads(text))
+    return fields
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _watch(remote: Remote, receipt: dict[str, Any]) -> None:
+    """Show the queue position and then step k of n."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        bar = progress.add_task("in queue", total=None)
+        for document in remote.follow(receipt["status_url"]):
+            if "queue_position" in document:
+                progress.update(bar, description=f"in queue, {document['queue_position']} ahead")
+            for line in document["logs"] or []:
+                if step := re.fullmatch(r"step (\d+)/(\d+)", line["message"]):
+                    done, total = map(int, step.groups())
+                    progress.update(bar, description=line["message"], completed=done, total=total)
+                else:
+                    progress.console.print(f"{line['level'].lower()}: {line['message']}", style="yellow")
+
+
+def _save(remote: Remote, image: dict[str, Any], stem: Path) -> Path:
+    link = image["url"]
+    data = base64.b64decode(link.partition(",")[2]) if link.startswith("data:") else remote.download(link)
+    path = stem.with_name(f"{stem.name}.{image['content_type'].removeprefix('image/')}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def _stop_on_signal(stopped: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what is wrong in a line, without a traceback."""
+    try:
+        yield
+    except (Refused, RuntimeError, ValueError, OSError, httpx.TransportError) as error:
+        errors.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
