@@ -177,3 +177,7 @@ def _explained() -> Iterator[None]:
     except (Refused, RuntimeError, ValueError, OSError, httpx.TransportError) as error:
         errors.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,100 @@
+"""A real darkroom server in a process group of its own, for tests, benchmarks and examples."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 180.0
+
+
+def _all_pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_config(
+    folder: Path, *, front: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
+) -> Path:
+    """The shipped serve_config.yaml with its data in `folder`, short prompts, and some args changed."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    front_app, model_app = config["applications"]
+    files = f"file://{folder}/files"
+    front_app["args"] |= {"queue_url": f"sqlite:///{folder}/queue.sqlite3", "files_url": files}
+    front_app["args"] |= front or {}
+    model_app["args"] |= {"files_url": files, "max_sequence_length": 32}
+    model_app["args"] |= model or {}
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@dataclass
+class Server:
+    """A running `darkroom serve`."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def stop(self) -> int:
+        """As Ctrl-C does; returns the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and everything that it started, Ray's processes included."""
+        for pid in self.pids():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+
+    def pids(self) -> list[int]:
+        """The processes of the server's session."""
+        return [pid for pid in _all_pids() if _session(pid) == self.process.pid]
+
+
+def start(config: Path, *, keys: str = "", port: int | None = None) -> Server:
+    """Start a server and wait until it is ready. `keys`: ID:SECRET pairs, none for no authentication."""
+    log = config.parent / "server.log"
+    port = port or free_port()
+    command = [sys.executable, "-m", "deployments.cli", "serve", "--config", str(config)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--verbose"],
+            cwd=ROOT,
+            env={**os.environ, "DARKROOM_KEYS": keys, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while f"ready on {server.url}" not in log.read_text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the server did not start:\n{log.read_text()[-5000:]}")
+        time.sleep(0.2)
+    return server
