@@ -1,0 +1,340 @@
+"""What the queue promises, on every store."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from deployments.queue import Queue
+from deployments.queue.tables import deliveries
+from schemas.jobs import (
+    CancelOutcome,
+    Claim,
+    Job,
+    JobResult,
+    Logged,
+    Previewed,
+    Priority,
+    Snapshot,
+    State,
+)
+from tests.support.jobs import OUTPUT, Clock, make_job
+
+DONE = JobResult.success(OUTPUT, 0.5)
+
+
+async def claim(queue: Queue, owner: str = "one", limit: int = 10) -> list[Claim]:
+    return await queue.claim("flux", owner, limit)
+
+
+async def only_claim(queue: Queue, owner: str = "one") -> Claim:
+    [claimed] = await claim(queue, owner)
+    return claimed
+
+
+async def state(queue: Queue, job: Job) -> State:
+    record = await queue.get(job.request_id, job.tenant)
+    assert record is not None
+    return record.state
+
+
+async def result(queue: Queue, job: Job) -> JobResult:
+    record = await queue.get(job.request_id, job.tenant)
+    assert record is not None
+    assert record.result is not None
+    return record.result
+
+
+async def test_a_job_comes_back_as_it_was_submitted(queue: Queue) -> None:
+    job = make_job(
+        input={"prompt": "ünï ☂", "seed": 2**62, "guidance_scale": 3.25},
+        tenant="alice",
+        priority=Priority.LOW,
+        base_url="http://here",
+        webhook_url="http://there",
+        start_timeout_s=5.0,
+        previews=True,
+    )
+    await queue.submit(job)
+    record = await queue.get(job.request_id, "alice")
+    assert record is not None
+    assert record.job == job
+    assert record.state == State.QUEUED
+
+
+async def test_positions_count_what_runs_before(queue: Queue) -> None:
+    low = make_job(priority=Priority.LOW)
+    assert (await queue.submit(low)).position == 0
+    assert (await queue.submit(make_job())).position == 0  # normal goes before low
+    assert (await queue.submit(make_job())).position == 1
+    assert (await queue.submit(make_job(model="other"))).position == 0
+    record = await queue.get(low.request_id, low.tenant)
+    assert record is not None
+    assert record.position == 2
+
+
+async def test_claims_go_by_priority_and_then_by_acceptance(queue: Queue) -> None:
+    jobs = [make_job(priority=p) for p in (Priority.LOW, Priority.NORMAL, Priority.LOW, Priority.NORMAL)]
+    for job in jobs:
+        await queue.submit(job)
+    order = [each.job for each in await claim(queue)]
+    assert order == [jobs[1], jobs[3], jobs[0], jobs[2]]
+
+
+async def test_a_claim_takes_at_most_its_limit_and_nothing_twice(queue: Queue) -> None:
+    for _ in range(5):
+        await queue.submit(make_job())
+    taken = await asyncio.gather(*(claim(queue, owner, limit=2) for owner in ("one", "two", "three")))
+    ids = [each.job.request_id for claims in taken for each in claims]
+    assert sorted(len(claims) for claims in taken) == [1, 2, 2]
+    assert len(set(ids)) == 5
+
+
+async def test_events_are_kept_in_order_and_read_from_where_one_left(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job, [Logged("noted", "WARN")])
+    held = await only_claim(queue)
+    await queue.record(held, [Logged("step 1/2"), Logged("step 2/2")])
+    events = await queue.events(job.request_id)
+    assert [each.event for each in events] == [
+        Logged("noted", "WARN"),
+        Logged("step 1/2"),
+        Logged("step 2/2"),
+    ]
+    assert await queue.events(job.request_id, after=events[1].seq) == [events[2]]
+
+
+async def test_a_result_once_stored_never_changes(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    held = await only_claim(queue)
+    assert await queue.finish(held, DONE)
+    assert not await queue.finish(held, replace(DONE, status=500))
+    assert not await queue.release(held, crashed=True)
+    assert await queue.cancel(job.request_id, job.tenant) == CancelOutcome.ALREADY_COMPLETED
+    assert await result(queue, job) == DONE
+
+
+async def test_a_lost_lease_puts_the_job_back_at_its_place(queue: Queue, clock: Clock) -> None:
+    first, second = make_job(), make_job()
+    for job in (first, second):
+        await queue.submit(job)
+    await claim(queue, limit=1)
+    clock.now += 31
+    assert await queue.sweep() == 1
+    clock.now += 4  # the backoff after a crash
+    assert [each.job for each in await claim(queue, "two")] == [first, second]
+
+
+async def test_a_heartbeat_keeps_the_lease(queue: Queue, clock: Clock) -> None:
+    job = make_job()
+    await queue.submit(job)
+    await only_claim(queue)
+    for _ in range(5):
+        clock.now += 20
+        assert await queue.heartbeat("one") == {job.request_id}
+        assert await queue.sweep() == 0
+    assert await queue.heartbeat("another") == frozenset()
+
+
+async def test_writes_with_a_stale_fence_are_refused(queue: Queue, clock: Clock) -> None:
+    job = make_job()
+    await queue.submit(job)
+    old = await only_claim(queue)
+    clock.now += 31
+    await queue.sweep()
+    clock.now += 4
+    new = await only_claim(queue, "two")
+    assert (old.attempt, new.attempt) == (1, 2)
+    assert new.fence > old.fence
+    assert not await queue.record(old, [Logged("ghost")])
+    assert not await queue.finish(old, replace(DONE, status=500))
+    assert await queue.finish(new, DONE)
+    assert await result(queue, job) == DONE
+    assert await queue.events(job.request_id) == []
+
+
+async def test_a_job_that_kills_three_workers_is_given_up(queue: Queue, clock: Clock) -> None:
+    job = make_job()
+    await queue.submit(job)
+    for crash, backoff in enumerate([4, 8, 0], start=1):
+        assert await state(queue, job) == State.QUEUED
+        held = await only_claim(queue)
+        assert held.attempt == crash
+        await queue.release(held, crashed=True)
+        clock.now += backoff - 0.1
+        assert await claim(queue) == []  # too early, or over
+        clock.now += 0.1
+    ended = await result(queue, job)
+    assert (ended.status, ended.error_type) == (503, "runner_disconnected")
+
+
+async def test_giving_a_claim_back_is_not_a_crash(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    for _ in range(10):
+        await queue.release(await only_claim(queue), crashed=False)
+    assert await state(queue, job) == State.QUEUED
+
+
+async def test_a_cancelled_job_that_waits_never_runs(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    assert await queue.cancel(job.request_id, job.tenant) == CancelOutcome.REQUESTED
+    assert await claim(queue) == []
+    ended = await result(queue, job)
+    assert (ended.status, ended.error_type) == (499, "client_cancelled")
+    assert await queue.cancel(job.request_id, job.tenant) == CancelOutcome.ALREADY_COMPLETED
+
+
+async def test_a_cancel_that_was_acknowledged_wins_over_a_result(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    held = await only_claim(queue)
+    assert await queue.cancel(job.request_id, job.tenant) == CancelOutcome.REQUESTED
+    assert (await queue.waiting("one")).cancelled == {job.request_id}
+    assert (await queue.waiting("two")).cancelled == frozenset()
+    assert await queue.finish(held, DONE)
+    assert (await result(queue, job)).error_type == "client_cancelled"
+
+
+async def test_nothing_is_tried_again_after_a_cancel(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    held = await only_claim(queue)
+    await queue.cancel(job.request_id, job.tenant)
+    await queue.release(held, crashed=True)
+    assert (await result(queue, job)).error_type == "client_cancelled"
+
+
+async def test_of_a_cancel_and_a_finish_at_once_exactly_one_wins(queue: Queue) -> None:
+    for _ in range(50):
+        job = make_job()
+        await queue.submit(job)
+        held = await only_claim(queue)
+        outcome, finished = await asyncio.gather(
+            queue.cancel(job.request_id, job.tenant), queue.finish(held, DONE)
+        )
+        assert finished
+        cancelled = (await result(queue, job)).error_type == "client_cancelled"
+        assert cancelled == (outcome == CancelOutcome.REQUESTED)
+
+
+async def test_another_tenants_job_is_unknown(queue: Queue) -> None:
+    job = make_job(tenant="alice")
+    await queue.submit(job)
+    assert await queue.get(job.request_id, "bob") is None
+    assert await queue.cancel(job.request_id, "bob") == CancelOutcome.NOT_FOUND
+    assert [snapshot async for snapshot in queue.watch(job.request_id, "bob")] == []
+
+
+async def test_a_job_never_starts_after_its_start_deadline(queue: Queue, clock: Clock) -> None:
+    job = make_job(start_timeout_s=5.0)
+    await queue.submit(job)
+    assert (await queue.waiting("one")).next_due == clock.now + 5
+    clock.now += 5
+    assert await claim(queue) == []
+    assert await queue.sweep() == 1
+    ended = await result(queue, job)
+    assert (ended.status, ended.error_type) == (504, "request_timeout")
+
+
+async def test_a_job_that_started_in_time_may_be_tried_again_later(queue: Queue, clock: Clock) -> None:
+    job = make_job(start_timeout_s=5.0)
+    await queue.submit(job)
+    await queue.release(await only_claim(queue), crashed=True)
+    clock.now += 60
+    assert (await only_claim(queue)).job == job
+
+
+async def test_a_webhook_is_owed_in_the_transaction_that_ends_the_job(queue: Queue) -> None:
+    asked, silent = make_job(webhook_url="http://there"), make_job()
+    for job in (asked, silent):
+        await queue.submit(job)
+    for held in await claim(queue):
+        await queue.finish(held, DONE)
+    owed = await queue._database.read(lambda connection: connection.execute(deliveries.select()).all())
+    assert [(row.request_id, row.url, row.state) for row in owed] == [
+        (asked.request_id, "http://there", "due")
+    ]
+
+
+async def test_what_waits_follows_its_endpoint_to_another_model(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    await queue.reroute({job.endpoint_id: "bigger"})
+    assert await claim(queue) == []
+    assert [each.job.request_id for each in await queue.claim("bigger", "one", 1)] == [job.request_id]
+
+
+async def test_previews_are_gone_when_the_job_is_done(queue: Queue) -> None:
+    job = make_job(previews=True)
+    await queue.submit(job)
+    held = await only_claim(queue)
+    await queue.record(held, [Previewed(OUTPUT)])
+    assert [each.event for each in await queue.events(job.request_id)] == [Previewed(OUTPUT)]
+    await queue.finish(held, DONE)
+    assert await queue.events(job.request_id) == []
+
+
+async def collect(queue: Queue, job: Job) -> list[Snapshot]:
+    return [snapshot async for snapshot in queue.watch(job.request_id, job.tenant)]
+
+
+async def test_a_watcher_sees_every_event_once_and_the_result_last(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    watcher = queue.watch(job.request_id, job.tenant)
+    assert (await anext(watcher)).record.state == State.QUEUED
+    held = await only_claim(queue)
+    for step in (1, 2, 3):
+        await queue.record(held, [Logged(f"step {step}/3")])
+    await queue.finish(held, DONE, [Logged("finished")])
+    rest = [snapshot async for snapshot in watcher]
+    lines = [each.event.message for s in rest for each in s.events if isinstance(each.event, Logged)]
+    assert lines == ["step 1/3", "step 2/3", "step 3/3", "finished"]
+    assert rest[-1].record.result == DONE
+
+
+async def test_a_watcher_of_a_finished_job_gets_one_snapshot(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job)
+    await queue.finish(await only_claim(queue), DONE)
+    [snapshot] = await collect(queue, job)
+    assert snapshot.record.result == DONE
+
+
+async def test_many_watchers_all_see_the_end(queue: Queue) -> None:
+    jobs = [make_job() for _ in range(20)]
+    for job in jobs:
+        await queue.submit(job)
+    watching = [asyncio.create_task(collect(queue, job)) for job in jobs for _ in range(5)]
+    for held in await claim(queue, limit=20):
+        await queue.finish(held, DONE)
+    for snapshots in await asyncio.wait_for(asyncio.gather(*watching), 30):
+        assert snapshots[-1].record.result == DONE
+
+
+async def test_concurrent_submits_are_all_kept_in_one_order(queue: Queue) -> None:
+    jobs = [make_job() for _ in range(300)]
+    receipts = await asyncio.gather(*(queue.submit(job) for job in jobs))
+    assert sorted(receipt.position for receipt in receipts) == list(range(300))
+    assert len(await claim(queue, limit=1000)) == 300
+
+
+async def test_a_second_submit_of_an_id_is_refused_and_harms_no_other(queue: Queue) -> None:
+    job, other = make_job(), make_job()
+    await queue.submit(job)
+    twice, fine = await asyncio.gather(queue.submit(job), queue.submit(other), return_exceptions=True)
+    assert isinstance(twice, Exception)
+    assert not isinstance(fine, BaseException)
+    assert len(await claim(queue)) == 2
+
+
+@pytest.mark.parametrize("text", ["'; DROP TABLE requests; --", "% _ \\", "\u202e", "a" * 30_000])
+async def test_texts_are_only_texts(queue: Queue, text: str) -> None:
+    job = make_job(input={"prompt": text}, tenant=text[:50])
+    await queue.submit(job)
+    record = await queue.get(job.request_id, text[:50])
+    assert record is not None
+    assert record.job.input == {"prompt": text}

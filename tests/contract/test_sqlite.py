@@ -1,0 +1,93 @@
+"""What is SQLite's own: that a commit is on disk, and that processes hear of each other."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from deployments.queue import open_queue
+from deployments.queue.doorbell import Doorbell
+from deployments.queue.sqlite import SqliteDatabase
+from schemas.jobs import State
+from schemas.settings import LeaseSettings
+from tests.support.jobs import make_job
+
+
+def pragmas(connection: Connection) -> list[object]:
+    names = ("journal_mode", "synchronous")
+    return [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
+
+
+async def test_every_connection_writes_ahead_and_syncs_each_commit(tmp_path: Path) -> None:
+    database = SqliteDatabase(tmp_path / "queue.sqlite3")
+    assert await database.write(pragmas) == ["wal", 2]  # 2 is FULL
+    assert await database.read(pragmas) == ["wal", 2]
+    await database.close()
+
+
+def submit_until_killed(folder: str, acknowledged: "multiprocessing.connection.Connection") -> None:
+    async def run() -> None:
+        queue = open_queue(f"sqlite:///{folder}/queue.sqlite3", LeaseSettings())
+        while True:
+            jobs = [make_job() for _ in range(8)]
+            await asyncio.gather(*(queue.submit(job) for job in jobs))
+            acknowledged.send([job.request_id for job in jobs])
+
+    asyncio.run(run())
+
+
+async def test_a_killed_process_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=submit_until_killed, args=(str(tmp_path), theirs))
+    process.start()
+    theirs.close()
+    acknowledged: list[str] = []
+    while len(acknowledged) < 400:
+        acknowledged += await asyncio.to_thread(ours.recv)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    while ours.poll():
+        try:
+            acknowledged += ours.recv()
+        except EOFError:
+            break
+    queue = open_queue(f"sqlite:///{tmp_path}/queue.sqlite3", LeaseSettings())
+    for request_id in acknowledged:
+        record = await queue.get(request_id, "public")
+        assert record is not None
+        assert record.state == State.QUEUED
+    await queue.close()
+
+
+async def test_a_commit_rings_at_another_process_bell(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    database = SqliteDatabase(path)
+    other = Doorbell(path)  # as another process has it
+    await database.write(lambda connection: connection.exec_driver_sql("SELECT 1").scalar())
+    await asyncio.wait_for(other.wait(60), 10)
+    other.close()
+    await database.close()
+
+
+async def test_the_bell_of_a_dead_process_is_cleared_away(tmp_path: Path) -> None:
+    living, dead = Doorbell(tmp_path / "q"), Doorbell(tmp_path / "q")
+    path = dead._path
+    asyncio.get_running_loop().remove_reader(dead._socket)
+    dead._socket.close()  # without saying goodbye
+    living.ring()
+    assert not path.exists()
+    living.close()
+
+
+async def test_a_url_of_another_kind_is_refused_with_its_name(tmp_path: Path) -> None:
+    try:
+        open_queue("mysql://x", LeaseSettings())
+    except ValueError as error:
+        assert "mysql://x" in str(error)
+    else:
+        raise AssertionError("it was opened")

@@ -1,0 +1,148 @@
+"""The loop, with a model that only counts."""
+
+from collections.abc import Sequence
+from threading import Event
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.engine.batcher import choose
+from pipelines.engine.engine import Engine
+from pipelines.engine.sample import Advanced, Plan, Sample
+from tests.support.engine import Ears, run_to_end, turn
+
+
+class CountingPlan(Plan):
+    """Adds the prediction, `steps` times."""
+
+    def __init__(self, steps: int, key: str = "same", cost: int = 1) -> None:
+        self.steps, self.key, self.cost = steps, key, cost
+
+    def advance(self, step: int, latents: Tensor, prediction: Tensor) -> Advanced:
+        return Advanced(latents + prediction, latents)
+
+
+def sample(name: str, steps: int = 3, key: str = "same", cost: int = 1) -> Sample:
+    return Sample(name, CountingPlan(steps, key, cost), torch.zeros(1))
+
+
+class Model:
+    """Predicts ones, and remembers who shared a forward."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Tensor]:
+        self.batches.append([each.name for each in samples])
+        return [torch.ones(1) for _ in samples]
+
+
+def test_every_sample_gets_its_own_number_of_steps() -> None:
+    samples = [sample("a", 2), sample("b", 5), sample("c", 1)]
+    ears = run_to_end(Engine(Model(), budget=10), samples)
+    assert [each.latents.item() for each in samples] == [2, 5, 1]
+    assert ears.ends == {"a": None, "b": None, "c": None}
+    assert ears.steps.count("b") == 5
+
+
+def test_samples_of_one_key_share_a_forward_and_others_do_not() -> None:
+    model = Model()
+    run_to_end(Engine(model, budget=10), [sample("a", 1), sample("b", 1, "other"), sample("c", 1)])
+    assert model.batches == [["a", "c"], ["b"]]
+
+
+def test_a_batch_keeps_to_the_budget_but_one_sample_always_fits() -> None:
+    model = Model()
+    big, small = sample("big", 1, cost=100), [sample(str(i), 1, cost=4) for i in range(4)]
+    run_to_end(Engine(model, budget=8), [big, *small])
+    assert model.batches == [["big"], ["0", "1"], ["2", "3"]]
+
+
+def test_no_key_starves_another() -> None:
+    many = [sample(f"m{i}", 4) for i in range(8)]
+    model = Model()
+    run_to_end(Engine(model, budget=2), [*many, sample("lonely", 4, "other")])
+    turns_of_lonely = [turn for turn, batch in enumerate(model.batches) if "lonely" in batch]
+    gaps = [after - before for before, after in zip(turns_of_lonely, turns_of_lonely[1:], strict=False)]
+    assert max(gaps) <= 5  # four batches of the others at most between its own turns
+
+
+def test_the_batcher_prefers_who_waited_longest() -> None:
+    first, second = sample("first"), sample("second", key="other")
+    first.last_turn, second.last_turn = 5, 4
+    assert choose([first, second], budget=10) == [second]
+
+
+def test_a_removed_sample_takes_no_further_step_and_ends_silently() -> None:
+    model, ears = Model(), Ears()
+    engine, gone, stays = Engine(model, budget=10), sample("gone", 10), sample("stays", 3)
+    engine.add(gone, ears)
+    engine.add(stays, ears)
+    turn(engine)
+    engine.remove(gone)
+    while len(engine):
+        turn(engine)
+    assert gone.step == 1
+    assert ears.ends == {"stays": None}
+
+
+def test_a_sample_removed_while_its_step_runs_is_not_advanced() -> None:
+    ears = Ears()
+    going = sample("going")
+
+    def remove_midway(samples: Sequence[Sample]) -> list[Tensor]:
+        engine.remove(going)
+        return [torch.ones(1)]
+
+    engine = Engine(remove_midway, budget=1)
+    engine.add(going, ears)
+    turn(engine)
+    assert going.step == 0
+    assert not ears.steps
+    assert not ears.ends
+
+
+def test_a_row_that_fails_fails_alone() -> None:
+    def predict(samples: Sequence[Sample]) -> list[Tensor]:
+        if any(each.name == "bad" and each.step == 1 for each in samples):
+            raise RuntimeError("out of memory")
+        return [torch.ones(1) for _ in samples]
+
+    good, bad = sample("good"), sample("bad")
+    ears = run_to_end(Engine(predict, budget=10), [good, bad])
+    assert ears.ends["good"] is None
+    assert isinstance(ears.ends["bad"], RuntimeError)
+    assert good.latents.item() == 3
+
+
+class Bell(Ears):
+    """Ears that another thread can wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rang = Event()
+
+    def ended(self, sample: Sample, error: BaseException | None) -> None:
+        super().ended(sample, error)
+        self.rang.set()
+
+
+def test_on_its_own_thread_it_sleeps_without_work_and_wakes_for_it() -> None:
+    engine = Engine(Model(), budget=10)
+    engine.start()
+    for name in ("one", "two"):
+        bell = Bell()
+        engine.add(sample(name), bell)
+        assert bell.rang.wait(10)
+        assert bell.ends == {name: None}
+    engine.close()
+    assert not engine.is_alive
+
+
+def test_a_closed_engine_takes_nothing() -> None:
+    engine = Engine(Model(), budget=1)
+    engine.start()
+    engine.close()
+    with pytest.raises(AssertionError, match="closed"):
+        engine.add(sample("late"), Ears())
