@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,9 +59,9 @@ def serve(
     _stop_on_signal(stopped)
     try:
         with _explained():
-            logs = server.start(settings, verbose=verbose)
+            started = server.start(settings, verbose=verbose)
             _stop_on_signal(stopped)  # Ray has put its own handlers in place
-            console.print(f"logs in {logs}", highlight=False)
+            print(f"logs in {started.logs}\nray at {started.ray_address}", flush=True)
             server.wait_until_ready(url, stopped, lambda line: console.print(line, highlight=False))
         if not stopped.is_set():
             print(f"ready on {url}", flush=True)
@@ -82,8 +82,7 @@ def run(
     key: Key = None,
 ) -> None:
     """Make pictures: submit to the queue, watch, download."""
-    with _explained():
-        remote = Remote(url, key)
+    with _connected(url, key) as remote:
         receipt = remote.submit(endpoint, _fields(input))
         _watch(remote, receipt)
         output = remote.result(receipt["response_url"])
@@ -97,23 +96,23 @@ def run(
 @app.command()
 def status(request_id: str, url: Url = LOCAL_URL, key: Key = None) -> None:
     """Show where a request is, with its log."""
-    with _explained():
-        console.print_json(json.dumps(Remote(url, key).status(request_id)))
+    with _connected(url, key) as remote:
+        console.print_json(json.dumps(remote.status(request_id)))
 
 
 @app.command()
 def cancel(request_id: str, url: Url = LOCAL_URL, key: Key = None) -> None:
     """Give a request up."""
-    with _explained():
-        console.print(Remote(url, key).cancel(request_id)["status"])
+    with _connected(url, key) as remote:
+        console.print(remote.cancel(request_id)["status"])
 
 
 @app.command()
 def models(url: Url = LOCAL_URL, key: Key = None) -> None:
     """List the endpoints that a server serves."""
-    with _explained():
+    with _connected(url, key) as remote:
         table = Table("endpoint")
-        for endpoint in Remote(url, key).endpoints():
+        for endpoint in remote.endpoints():
             table.add_row(endpoint)
         console.print(table)
 
@@ -167,6 +166,12 @@ def _save(remote: Remote, image: dict[str, Any], stem: Path) -> Path:
 def _stop_on_signal(stopped: threading.Event) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
+
+
+@contextmanager
+def _connected(url: str, key: str | None) -> Iterator[Remote]:
+    with _explained(), closing(Remote(url, key)) as remote:
+        yield remote
 
 
 @contextmanager

@@ -20,6 +20,9 @@ class Remote:
         headers = {"Authorization": f"Key {key}"} if key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=SUBMIT_TIMEOUT_S)
 
+    def close(self) -> None:
+        self._http.close()
+
     def endpoints(self) -> list[str]:
         found: list[str] = self._json("GET", "/")["endpoints"]
         return found

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,16 @@ def address(config: dict[str, Any]) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{options.get('port', 8000)}"
 
 
-def start(config: dict[str, Any], *, verbose: bool) -> Path:
-    """Start Ray and submit the applications; returns the folder of logs, before they are ready."""
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A Ray cluster of our own, with the applications submitted to it."""
+
+    logs: Path
+    ray_address: str  # for Python callers
+
+
+def start(config: dict[str, Any], *, verbose: bool) -> Started:
+    """Start Ray and submit the applications. Returns before they are ready."""
     import ray
     from ray.serve._private.api import serve_start  # what `serve run CONFIG` itself calls
     from ray.serve.schema import ServeDeploySchema
@@ -56,7 +65,8 @@ def start(config: dict[str, Any], *, verbose: bool) -> Path:
     )
     client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
     client.deploy_apps(schema)
-    return Path(context.address_info["session_dir"]) / "logs" / "serve"
+    info = context.address_info
+    return Started(Path(info["session_dir"]) / "logs" / "serve", info["gcs_address"])
 
 
 def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str], None]) -> None:

@@ -1,6 +1,7 @@
 """A real darkroom server in a process group of its own, for tests, benchmarks and examples."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 180.0
+SHORT_LEASE = {"lease_s": 3, "heartbeat_s": 1, "backoff_s": 0}  # what was lost is soon found
 
 
 def _all_pids() -> list[int]:
@@ -26,6 +28,13 @@ def _session(pid: int) -> int | None:
         return os.getsid(pid)
     except ProcessLookupError:
         return None
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def free_port() -> int:
@@ -60,6 +69,12 @@ class Server:
     process: subprocess.Popen[str]
     log: Path
 
+    @property
+    def ray_address(self) -> str:
+        """Where Python callers find its Ray."""
+        [address] = re.findall(r"^ray at (\S+)$", self.log.read_text(), re.MULTILINE)
+        return str(address)
+
     def stop(self) -> int:
         """As Ctrl-C does; returns the exit code."""
         self.process.send_signal(signal.SIGINT)
@@ -71,9 +86,10 @@ class Server:
             os.kill(pid, signal.SIGKILL)
         self.process.wait(10)
 
-    def pids(self) -> list[int]:
-        """The processes of the server's session."""
-        return [pid for pid in _all_pids() if _session(pid) == self.process.pid]
+    def pids(self, name: str = "") -> list[int]:
+        """The processes of the server's session whose command line has `name` in it."""
+        session = [pid for pid in _all_pids() if _session(pid) == self.process.pid]
+        return [pid for pid in session if name in _command(pid)]
 
 
 def start(config: Path, *, keys: str = "", port: int | None = None) -> Server:

@@ -1,0 +1,48 @@
+# The front door. `make demo` and `make test` install all they need into .venv.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+# Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo serve test check bench clean
+
+demo: .venv/.demo
+	$(BIN)/python examples/demo.py
+
+serve: .venv/.demo
+	$(BIN)/darkroom serve
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/architecture
+
+bench: .venv/.dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv out
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.worker: pyproject.toml constraints.txt | .venv/.python
+	@echo "installing torch and the model libraries (a few minutes the first time)"
+	$(PIP) torch
+	$(PIP) --editable '.[worker]'
+	@touch $@
+
+.venv/.demo: .venv/.worker
+	$(PIP) --editable '.[worker,demo]'
+	@touch $@
+
+.venv/.dev: .venv/.worker
+	@echo "installing the test tools"
+	$(PIP) --editable '.[worker,demo,dev]'
+	@touch $@

@@ -1,0 +1,146 @@
+"""`make demo`: a server on the embedded models, and a picture asked for with fal's own client.
+
+Everything here but `Server` is what an app that uses fal does anyway; the five lines of `point_at`
+are the whole difference.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fal_client
+import fal_client.client as settings
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pipelines import zoo
+
+ENDPOINT = "fal-ai/flux/dev"
+REQUEST = {"prompt": "a lighthouse on a cliff at dawn", "seed": 7}
+OUT = Path("out")
+
+console = Console()
+
+
+def point_at(server: str) -> None:
+    """Make fal's unmodified Python client talk to `server`."""
+    settings.RUN_URL_FORMAT, settings.QUEUE_URL_FORMAT = f"{server}/run/", f"{server}/queue/"
+    settings.REST_URL, settings.CDN_URL = f"{server}/rest", f"{server}/cdn"
+    settings.REALTIME_URL_FORMAT = f"{server}/run/".replace("http", "ws", 1)
+
+
+def main() -> None:
+    stay = os.environ.get("EXIT") != "1"
+    os.environ.setdefault("FAL_KEY", "demo:demo")  # the client insists on one; the server does not
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}  # we show progress ourselves
+    with console.status("embedded models") as status:
+        for name in zoo.names():
+            zoo.locate(name, report=status.update)
+    with serving() as url:
+        point_at(url)
+        rows = [make_picture(ENDPOINT, REQUEST)]
+        console.print(table(rows))
+        console.print(addresses(url), highlight=False, soft_wrap=True)
+        if stay:
+            console.print("Ctrl-C stops the server.")
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """`darkroom serve` beside us, until the block ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    command = [sys.executable, "-m", "deployments.cli", "serve", *sys.argv[1:]]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is ours to pass on
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, ()),
+    )
+    try:
+        yield wait_until_ready(process)
+    finally:
+        console.print("stopping the server")
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+def wait_until_ready(process: "subprocess.Popen[str]") -> str:
+    """Show what the server says until it is ready; returns its URL."""
+    assert process.stdout is not None
+    with console.status("starting the server") as status:
+        for line in process.stdout:
+            if ready := re.fullmatch(r"ready on (\S+)\n", line):
+                return ready[1]
+            status.update(f"starting the server: {line.strip()}")
+    raise SystemExit("the server did not start; what it said stands above")
+
+
+def make_picture(endpoint: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Submit, follow, fetch: the queue position, then step k of n."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    submitted = time.monotonic()
+    started = submitted
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f"{endpoint}: submitting", total=None)
+
+        def show(update: fal_client.Status) -> None:
+            nonlocal started
+            if isinstance(update, fal_client.Queued):
+                started = time.monotonic()
+                progress.update(bar, description=f"{endpoint}: {update.position} ahead in the queue")
+            elif steps := [each["message"] for each in update.logs or [] if "step" in each["message"]]:
+                done, total = map(int, steps[-1].removeprefix("step ").split("/"))
+                progress.update(bar, description=f"{endpoint}: {steps[-1]}", completed=done, total=total)
+
+        handle = fal_client.submit(endpoint, arguments=request)
+        for update in handle.iter_events(with_logs=True):
+            show(update)
+        output = handle.get()
+    picture = output["images"][0]
+    return {
+        "endpoint": endpoint,
+        "request id": handle.request_id,
+        "s queued": f"{started - submitted:.2f}",
+        "s inference": f"{output['timings']['inference']:.2f}",
+        "file": str(save(picture["url"], endpoint)),
+    }
+
+
+def save(url: str, endpoint: str) -> Path:
+    path = OUT / f"{endpoint.replace('/', '-')}{Path(urlsplit(url).path).suffix}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(httpx.get(url).raise_for_status().content)
+    return path
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table()
+    for name in rows[0]:
+        shown.add_column(name, overflow="fold")
+    for row in rows:
+        shown.add_row(*map(str, row.values()))
+    return shown
+
+
+def addresses(url: str) -> str:
+    return (
+        f"server        {url}\n"
+        f"run, queue    {url}/run, {url}/queue\n"
+        f"JavaScript    fal.config({{ proxyUrl: {{ url: '{url}/api/fal/proxy', when: 'always' }} }})"
+    )
+
+
+if __name__ == "__main__":
+    main()
