@@ -1,6 +1,7 @@
 """Starts Ray and Serve from a configuration file, on this machine, for `darkroom serve`."""
 
 import os
+import random
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ DEFAULT_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+REPLICA_PORTS = 100  # HAProxy talks straight to the replicas, a port each
 HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 
@@ -50,12 +52,17 @@ class Started:
 
 
 def start(config: dict[str, Any], *, verbose: bool) -> Started:
-    """Start Ray and submit the applications. Returns before they are ready."""
+    """Start Ray and submit the applications. Returns before they are ready.
+
+    Raises ValueError when the configuration is wrong or its port is taken.
+    """
     import ray
     from ray.serve._private.api import serve_start  # what `serve run CONFIG` itself calls
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(config)
+    if not _is_free(schema.http_options.port):
+        raise ValueError(f"port {schema.http_options.port} is in use; choose another with --port")
     context = ray.init(
         address="local",
         namespace="serve",
@@ -104,15 +111,32 @@ def stop() -> None:
 
 
 def prepare_environment() -> None:
-    """Set what Ray reads when it is imported."""
+    """Set what Ray reads when it is imported.
+
+    Serve's inner ports are fixed by default and shared by address reuse: two servers on one machine
+    would answer each other's requests. Ours are looked for.
+    """
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in HAPROXY_PORTS:  # fixed by default, so that a second server could not start
-        os.environ.setdefault(name, str(_free_port()))
+    first = _free_ports(REPLICA_PORTS + len(HAPROXY_PORTS))
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", str(first))
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", str(first + REPLICA_PORTS - 1))
+    for port, name in enumerate(HAPROXY_PORTS, start=first + REPLICA_PORTS):
+        os.environ.setdefault(name, str(port))
 
 
-def _free_port() -> int:
+def _free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports that nobody listens on, below the ephemeral range."""
+    while True:
+        first = random.randrange(20_000, 32_000 - count)
+        if all(_is_free(port) for port in range(first, first + count)):
+            return first
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
