@@ -86,6 +86,7 @@ class _GatewayReplica:
     def __init__(
         self, settings: FrontSettings, digests: dict[str, str], dispatcher: DeploymentHandle
     ) -> None:
+        _join_logs()
         self._settings = settings
         self._keys = keys.Keys(digests)
         self._gateway: Gateway | None = None
@@ -123,6 +124,7 @@ class _GatewayReplica:
 
 class _DispatcherReplica:
     def __init__(self, settings: FrontSettings) -> None:
+        _join_logs()
         self._settings = settings
         self._dispatcher: Dispatcher | None = None
 
@@ -143,6 +145,7 @@ class _DispatcherReplica:
 
 class _WorkerReplica:
     def __init__(self, settings: ModelSettings) -> None:
+        _join_logs()
         from deployments.worker import Worker  # imports torch, which only a replica needs
 
         self._worker = Worker(settings, open_files(settings.files_url))
@@ -158,6 +161,13 @@ class _WorkerReplica:
 
     async def check_health(self) -> None:
         self._worker.check_health()
+
+
+def _join_logs() -> None:
+    """Send our own log lines where Serve sends its: into this replica's file, with its fields."""
+    for room in ("deployments", "pipelines"):
+        logging.getLogger(room).parent = logger
+        logging.getLogger(room).setLevel(logging.INFO)
 
 
 class _ServeModels:

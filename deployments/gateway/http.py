@@ -251,9 +251,23 @@ def _wishes(request: Request, *, previews: bool) -> Wishes:
     return Wishes(
         priority=Priority.LOW if low else Priority.NORMAL,
         start_timeout_s=_start_timeout(request),
-        webhook_url=request.query_params.get("fal_webhook"),
+        webhook_url=_webhook_url(request),
         previews=previews,
     )
+
+
+def _webhook_url(request: Request) -> str | None:
+    text = request.query_params.get("fal_webhook")
+    if text is None:
+        return None
+    try:
+        url = urlsplit(text)
+        usable = url.scheme in ("http", "https") and url.hostname is not None
+    except ValueError:
+        usable = False
+    if not usable:
+        raise BadRequest("fal_webhook must be an http or https URL.")
+    return text
 
 
 def _start_timeout(request: Request) -> float | None:

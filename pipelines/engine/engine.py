@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.engine.batcher import choose
-from pipelines.engine.sample import Sample
+from pipelines.engine.sample import Advanced, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -93,30 +93,34 @@ class Engine:
             if not self._active:
                 return
             batch = choose(list(self._active), self._budget)
-        for sample, prediction in self._predictions(batch):
-            self._advance(sample, prediction)
+        for sample, outcome in zip(batch, self._outcomes(batch), strict=True):
+            self._tell(sample, outcome)
         self._turn += 1
 
-    def _predictions(self, batch: Sequence[Sample]) -> list[tuple[Sample, Tensor | BaseException]]:
-        """A prediction or an error for each. A batch that fails is run again row by row, so that
-        the row at fault fails alone."""
+    def _outcomes(self, batch: Sequence[Sample]) -> list[Advanced | Exception]:
+        """What the step gives each row. A batch that fails is run again row by row, so that the row
+        at fault fails alone. No sample is changed yet."""
         try:
-            return list(zip(batch, self._predict(batch), strict=True))
+            predictions = self._predict(batch)
+            return [
+                sample.plan.advance(sample.step, sample.latents, prediction)
+                for sample, prediction in zip(batch, predictions, strict=True)
+            ]
         except Exception as error:  # noqa: BLE001 - the top of the loop; ends up at the listener
             if len(batch) == 1:
-                return [(batch[0], error)]
+                return [error]
         logger.warning("a batch of %d failed; running its rows alone", len(batch))
-        return [pair for sample in batch for pair in self._predictions([sample])]
+        return [outcome for sample in batch for outcome in self._outcomes([sample])]
 
-    def _advance(self, sample: Sample, prediction: Tensor | BaseException) -> None:
+    def _tell(self, sample: Sample, outcome: Advanced | Exception) -> None:
         listener = self._active.get(sample)
         if listener is None:  # removed while its step ran
             return
-        if isinstance(prediction, BaseException):
+        if isinstance(outcome, Exception):
             self.remove(sample)
-            listener.ended(sample, prediction)
+            listener.ended(sample, outcome)
             return
-        sample.advance(prediction)
+        sample.accept(outcome)
         sample.last_turn = self._turn
         listener.stepped(sample)
         if sample.is_done:

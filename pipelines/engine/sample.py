@@ -46,7 +46,7 @@ class Sample:
     def is_done(self) -> bool:
         return self.step >= self.plan.steps
 
-    def advance(self, prediction: Tensor) -> None:
+    def accept(self, advanced: Advanced) -> None:
         """Move one step on."""
-        self.latents, self.denoised = self.plan.advance(self.step, self.latents, prediction)
+        self.latents, self.denoised = advanced
         self.step += 1

@@ -116,6 +116,20 @@ def test_a_row_that_fails_fails_alone() -> None:
     assert good.latents.item() == 3
 
 
+def test_a_plan_that_fails_fails_alone_and_no_row_is_stepped_twice() -> None:
+    class BrokenPlan(CountingPlan):
+        def advance(self, step: int, latents: Tensor, prediction: Tensor) -> Advanced:
+            if step == 1:
+                raise ValueError("a step that cannot be")
+            return super().advance(step, latents, prediction)
+
+    good, bad = sample("good"), Sample("bad", BrokenPlan(3), torch.zeros(1))
+    ears = run_to_end(Engine(Model(), budget=10), [good, bad])
+    assert isinstance(ears.ends["bad"], ValueError)
+    assert ears.ends["good"] is None
+    assert good.latents.item() == 3
+
+
 class Bell(Ears):
     """Ears that another thread can wait for."""
 
