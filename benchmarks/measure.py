@@ -97,7 +97,9 @@ def show(title: str, rows: Sequence[Row], caption: str, file: Path | None = None
     console.print(table)
     if file is not None:
         with file.open("a") as lines:
-            lines.writelines(json.dumps({"benchmark": title, **row}, ensure_ascii=False) + "\n" for row in rows)
+            lines.writelines(
+                json.dumps({"benchmark": title, **row}, ensure_ascii=False) + "\n" for row in rows
+            )
 
 
 def _text(value: str | float) -> str:

@@ -23,7 +23,7 @@ from tests.support.jobs import ENDPOINT
 
 ROUNDS, BLOCK, WARM_UP = 4, 50, 20
 REQUEST = {
-    "prompt": "a lighthouse on a cliff at dawn",
+    "prompt": "a lighthouse",
     "image_size": {"width": 64, "height": 64},
     "num_inference_steps": 2,
     "seed": 7,
@@ -44,7 +44,7 @@ def direct() -> Callable[[], None]:
         [sample] = pipeline.prepare(request, 0).samples
         while not sample.is_done:
             [prediction] = pipeline.model.predict([sample])
-            sample.advance(prediction)
+            sample.accept(sample.plan.advance(sample.step, sample.latents, prediction))
         assert images.encode(pipeline.finish(sample), "jpeg")
 
     return call

@@ -77,7 +77,8 @@ class Worker:
         result = JobResult.failure(InternalError("The run ended without a result."))
         async for update in self.generate(job):
             result = update.result or result
-        output: BaseModel = registry.endpoint(endpoint_id).schema().Output(**result.output())
+        fields = result.output()
+        output: BaseModel = registry.endpoint(endpoint_id).schema().Output(**fields)
         return output
 
     async def generate(self, job: Job) -> AsyncGenerator[Update]:

@@ -49,7 +49,8 @@ async def connect(
     yield make
     for client in clients:
         connections = await settled(client._client)
-        await settled(getattr(connections, "aclose", connections.close)())
+        is_async = isinstance(connections, httpx.AsyncClient)
+        await settled(connections.aclose() if is_async else connections.close())
 
 
 @pytest.fixture

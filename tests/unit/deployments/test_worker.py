@@ -1,0 +1,236 @@
+"""A worker on the embedded FLUX: jobs in, updates out."""
+
+import asyncio
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+
+from deployments.files.store import FileStore, open_files
+from deployments.worker import Worker
+from pipelines import zoo
+from schemas.endpoints.flux_dev import Input, Output
+from schemas.errors import RequestFailed
+from schemas.jobs import Job, JobResult, Logged, Previewed, Update
+from schemas.settings import Limits, ModelSettings
+from tests.support.jobs import ENDPOINT, make_job
+
+FIELDS = {"prompt": "x", "image_size": {"width": 64, "height": 48}, "num_inference_steps": 2, "seed": 5}
+Make = Callable[..., Worker]
+
+
+@pytest.fixture(scope="session")
+def safety_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zoo.locate("safety-checker", tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def flag_all_folder(safety_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checker for which no picture is safe."""
+    folder = tmp_path_factory.mktemp("strict")
+    checker: Any = StableDiffusionSafetyChecker.from_pretrained(safety_folder, subfolder="safety_checker")
+    checker.concept_embeds_weights.data.fill_(-9)
+    checker.save_pretrained(folder / "safety_checker")
+    (folder / "feature_extractor").symlink_to(safety_folder / "feature_extractor")
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileStore:
+    return open_files(f"file://{tmp_path}/files")
+
+
+@pytest.fixture
+def make_worker(flux_folder: Path, files: FileStore) -> Iterator[Make]:
+    workers: list[Worker] = []
+
+    def make(**settings: Any) -> Worker:
+        known = {"model": str(flux_folder), "endpoints": (ENDPOINT,), "max_sequence_length": 32}
+        workers.append(Worker(ModelSettings(**{**known, "cpu_threads": 1, **settings}), files))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+async def updates(worker: Worker, job: Job) -> list[Update]:
+    return [update async for update in worker.generate(job)]
+
+
+async def result(worker: Worker, **fields: Any) -> JobResult:
+    *_, last = await updates(worker, make_job(input=FIELDS | fields))
+    assert last.result is not None
+    return last.result
+
+
+def lines(told: list[Update]) -> list[str]:
+    return [e.message for update in told for e in update.events if isinstance(e, Logged)]
+
+
+def picture(url: str) -> Image.Image:
+    kind, _, data = url.partition(";base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == f"data:{image.get_format_mimetype()}"
+    return image
+
+
+async def test_every_step_is_told_once_and_the_result_comes_last(make_worker: Make) -> None:
+    told = await updates(make_worker(), make_job(input=FIELDS | {"num_inference_steps": 6}))
+    steps = [line for line in lines(told) if line.startswith("step")]
+    assert steps == [f"step {k}/6" for k in range(1, 7)]
+    assert [update.result is None for update in told] == [True] * (len(told) - 1) + [False]
+
+
+async def test_pictures_are_kept_and_their_urls_lead_to_the_callers_server(
+    make_worker: Make, files: FileStore
+) -> None:
+    worker = make_worker()
+    *_, last = await updates(worker, make_job(input=FIELDS | {"num_images": 2}, base_url="http://box"))
+    assert last.result is not None
+    output = Output.model_validate(last.result.output())
+    assert [(image.width, image.height, image.content_type) for image in output.images] == [
+        (64, 48, "image/jpeg")
+    ] * 2
+    for image in output.images:
+        stored = await files.open(image.url.removeprefix("http://box/files/"))
+        assert stored is not None
+        data = b"".join([chunk async for chunk in stored.chunks])
+        assert len(data) == stored.size
+        with Image.open(io.BytesIO(data)) as decoded:
+            assert (decoded.format, decoded.size) == ("JPEG", (64, 48))
+    assert output.timings["inference"] > 0
+    assert output.seed == 5
+
+
+async def test_sync_mode_puts_the_picture_into_the_answer_and_not_into_the_store(
+    make_worker: Make, tmp_path: Path
+) -> None:
+    output = (await result(make_worker(), sync_mode=True)).output()
+    with picture(output["images"][0]["url"]) as image:
+        assert image.size == (64, 48)
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+async def test_unsafe_pictures_are_black_flagged_and_of_the_same_size(
+    make_worker: Make, flag_all_folder: Path
+) -> None:
+    worker = make_worker(safety_checker=str(flag_all_folder))
+    checked = (await result(worker, sync_mode=True, num_images=2)).output()
+    assert checked["has_nsfw_concepts"] == [True, True]
+    for each in checked["images"]:
+        with picture(each["url"]) as image:
+            assert image.size == (64, 48)
+            assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
+    unchecked = (await result(worker, sync_mode=True, enable_safety_checker=False)).output()
+    assert unchecked["has_nsfw_concepts"] == [False]
+    with picture(unchecked["images"][0]["url"]) as image:
+        assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
+
+
+async def test_safe_pictures_pass_the_checker(make_worker: Make, safety_folder: Path) -> None:
+    worker = make_worker(safety_checker=str(safety_folder))
+    assert (await result(worker)).output()["has_nsfw_concepts"] == [False]
+
+
+async def test_a_check_that_cannot_be_made_is_said(make_worker: Make) -> None:
+    assert any(
+        "no safety checker" in line for line in lines(await updates(make_worker(), make_job(input=FIELDS)))
+    )
+
+
+async def test_concurrent_jobs_get_the_pictures_they_get_alone(make_worker: Make) -> None:
+    worker = make_worker()
+    alone = [(await result(worker, sync_mode=True, seed=seed)).output()["images"] for seed in range(4)]
+    together = await asyncio.gather(*(result(worker, sync_mode=True, seed=seed) for seed in range(4)))
+    for one, other in zip(alone, together, strict=True):
+        with picture(one[0]["url"]) as a, picture(other.output()["images"][0]["url"]) as b:
+            differences = np.asarray(a).astype(int) - np.asarray(b).astype(int)
+            assert np.abs(differences).mean() < 0.1  # rounding, seen through JPEG; other seeds: above 20
+
+
+async def test_a_request_without_a_seed_reports_the_one_drawn_and_it_works(make_worker: Make) -> None:
+    worker = make_worker()
+    drawn = (await result(worker, seed=None, sync_mode=True)).output()
+    assert 0 <= drawn["seed"] < 2**32
+    again = (await result(worker, seed=drawn["seed"], sync_mode=True)).output()
+    assert again["images"] == drawn["images"]
+
+
+async def test_previews_come_when_they_are_asked_for(make_worker: Make) -> None:
+    fields = FIELDS | {"num_inference_steps": 8}
+    told = await updates(make_worker(), make_job(input=fields, previews=True))
+    [first, *_] = [e for update in told for e in update.events if isinstance(e, Previewed)]
+    Output.model_validate(first.output)
+    with picture(first.output["images"][0]["url"]) as image:
+        assert max(image.size) <= 256
+    told = await updates(make_worker(), make_job(input=fields))
+    assert not [e for update in told for e in update.events if isinstance(e, Previewed)]
+
+
+async def test_leaving_frees_the_engine(make_worker: Make) -> None:
+    worker = make_worker()
+    job = make_job(input=FIELDS | {"num_inference_steps": 50, "image_size": "square_hd"})
+    generator = worker.generate(job)
+    async for update in generator:
+        if update.events:
+            break
+    assert len(worker._engine) == 1
+    await generator.aclose()
+    async with asyncio.timeout(10):
+        while len(worker._engine):  # the task's own end runs on the loop
+            await asyncio.sleep(0)
+
+
+async def test_a_failure_of_the_model_is_a_500_under_the_request_id(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = make_worker()
+    job = make_job(input=FIELDS)
+
+    def explode(*_: Any) -> None:
+        raise RuntimeError("CUDA error: secret detail")
+
+    monkeypatch.setattr(worker._pipelines[ENDPOINT].model, "encode_prompt", explode)
+    [*_, last] = await updates(worker, job)
+    assert last.result is not None
+    assert (last.result.status, last.result.error_type) == (500, "internal_server_error")
+    assert job.request_id in str(last.result.body)
+    assert "secret detail" not in str(last.result.body)
+    assert [r for r in caplog.records if job.request_id in r.getMessage()]
+
+
+async def test_the_worker_keeps_to_its_own_limits(make_worker: Make) -> None:
+    worker = make_worker(limits=Limits(max_pixels=64 * 64))
+    assert (await result(worker)).status == 200
+    refused = await result(worker, image_size={"width": 65, "height": 64})
+    assert (refused.status, refused.error_type) == (422, "validation_error")
+
+
+async def test_a_direct_call_is_typed_and_raises(make_worker: Make) -> None:
+    worker = make_worker()
+    output = await worker.run(ENDPOINT, Input.model_validate(FIELDS))
+    assert isinstance(output, Output)
+    assert output.images[0].url.startswith("file:///")
+    with pytest.raises(RequestFailed) as raised:
+        await worker.run("fal-ai/other", Input.model_validate(FIELDS))
+    assert raised.value.status == 404
+
+
+def test_one_model_serves_one_family_and_only_known_endpoints(make_worker: Make) -> None:
+    with pytest.raises(KeyError, match="fal-ai/nope"):
+        make_worker(endpoints=("fal-ai/nope",))
+
+
+def test_a_closed_engine_is_unhealthy(make_worker: Make) -> None:
+    worker = make_worker()
+    worker.check_health()
+    worker.close()
+    with pytest.raises(Exception, match="engine"):
+        worker.check_health()
