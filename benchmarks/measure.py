@@ -20,20 +20,16 @@ from rich.table import Table
 from tests.support.server import Server, start, write_config
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-Row = Mapping[str, str | float]
+Cell = str | float | list[float]  # a list is one number a repeat
+Row = Mapping[str, Cell]
 
-console = Console(width=max(120, Console().width))
+console = Console(width=max(165, Console().width))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest value that `percent` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * int(percent * 10) // 1000) - 1)]
-
-
-def middle(values: Sequence[float]) -> str:
-    """Median and range of the repeats."""
-    return f"{_text(median(values))} ({_text(min(values))}–{_text(max(values))})"
 
 
 def cpu_s(pids: Iterable[int]) -> float:
@@ -88,7 +84,7 @@ def header() -> None:
 
 
 def show(title: str, rows: Sequence[Row], caption: str, file: Path | None = None) -> None:
-    """Print the rows as a table; the first row's names are the columns."""
+    """Print the rows as a table, repeats as their median and range. The first row names the columns."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
@@ -102,7 +98,9 @@ def show(title: str, rows: Sequence[Row], caption: str, file: Path | None = None
             )
 
 
-def _text(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def _text(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, list):
+        return f"{_text(median(cell))} ({_text(min(cell))}–{_text(max(cell))})"
+    return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"

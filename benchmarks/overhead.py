@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from benchmarks.measure import arguments, cpu_s, header, percentile, serving, show, timed
+from benchmarks.measure import Row, arguments, cpu_s, header, percentile, serving, show, timed
 from pipelines import images, zoo
 from pipelines.flux.flux_dev import Pipeline
 from pipelines.flux.model import FluxModel
@@ -69,7 +69,7 @@ def queue(http: HTTPConnection) -> None:
     assert answer.status == 200, body
 
 
-def measure(folder: Path) -> list[dict[str, str | float]]:
+def measure(folder: Path) -> list[Row]:
     torch.set_num_threads(1)
     with serving(folder) as server:
         http = HTTPConnection(urlsplit(server.url).netloc)
@@ -96,9 +96,7 @@ def measure(folder: Path) -> list[dict[str, str | float]]:
     return [_row(name, wall, cpu, idle) for name in calls]
 
 
-def _row(
-    name: str, wall: dict[str, list[float]], cpu: dict[str, float], idle: float
-) -> dict[str, str | float]:
+def _row(name: str, wall: dict[str, list[float]], cpu: dict[str, float], idle: float) -> Row:
     ours, plain = wall[name], wall["in-process"]
     cpu_ms, plain_cpu_ms = (1e3 * cpu[each] / len(wall[each]) for each in (name, "in-process"))
     idle_ms = 0.0 if ours is plain else idle * 1e3 * sum(ours) / len(ours)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 
 READY_TIMEOUT_S = 600.0
@@ -25,7 +26,12 @@ DEFAULT_ENVIRONMENT = {
 }
 
 REPLICA_PORTS = 100  # HAProxy talks straight to the replicas, a port each
-HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+INNER_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",  # takes the traffic while no replica is up
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
 
 
 def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any]:
@@ -78,7 +84,6 @@ def start(config: dict[str, Any], *, verbose: bool) -> Started:
 
 def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str], None]) -> None:
     """Wait until the first request would succeed, or `stopped`. Raises RuntimeError when it cannot."""
-    import httpx
     from ray import serve
 
     deadline = time.monotonic() + READY_TIMEOUT_S
@@ -92,13 +97,17 @@ def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str],
         line = ", ".join(f"{name} {state.lower()}" for name, state in sorted(states.items()))
         if line != told:
             report(told := line)
-        try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # nothing listens yet
+        if set(states.values()) == {"RUNNING"} and _answers(f"{url}/ready"):
+            return
     if not stopped.is_set():
         raise RuntimeError(f"not ready after {READY_TIMEOUT_S:.0f} s: {told}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False  # nothing listens yet
 
 
 def stop() -> None:
@@ -118,10 +127,10 @@ def prepare_environment() -> None:
     """
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    first = _free_ports(REPLICA_PORTS + len(HAPROXY_PORTS))
+    first = _free_ports(REPLICA_PORTS + len(INNER_PORTS))
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", str(first))
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", str(first + REPLICA_PORTS - 1))
-    for port, name in enumerate(HAPROXY_PORTS, start=first + REPLICA_PORTS):
+    for port, name in enumerate(INNER_PORTS, start=first + REPLICA_PORTS):
         os.environ.setdefault(name, str(port))
 
 

@@ -7,6 +7,7 @@
     │   ├── BadRequest          400
     │   ├── NotAuthenticated    401
     │   ├── NotFound            404
+    │   │   └── RequestNotFound 404, with the status word that fal's queue uses
     │   ├── MethodNotAllowed    405
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
@@ -108,6 +109,13 @@ class NotFound(RequestError):
 
     status = 404
     error_type = "not_found"
+
+
+class RequestNotFound(NotFound):
+    """No such request, or one of another tenant."""
+
+    def body(self) -> dict[str, Any]:
+        return {"status": "NOT_FOUND", **super().body()}
 
 
 class MethodNotAllowed(RequestError):

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from schemas.errors import BadRequest, NotFound
+from schemas.errors import BadRequest, NotFound, RequestNotFound
 
 PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
@@ -31,6 +31,7 @@ _HOSTS = {
 }
 _HOST_PREFIXES = {"queue.": "queue", "rest.": "rest", "v3.": "cdn"}
 _SUBMIT_QUERY = {"fal_webhook", "fal_max_queue_length"}
+_NETLOC = re.compile(r"([^@/\s]+@)?([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?", re.ASCII)
 _REQUEST_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -55,6 +56,17 @@ def canonical(path: str, query: str, headers: Mapping[str, str]) -> Address:
     return Address(f"/{service}{path}", query)
 
 
+def parse_url(text: str) -> SplitResult | None:
+    """An http or https URL with a plain host, or None."""
+    try:
+        url = urlsplit(text)
+        url.port  # noqa: B018 - raises for a port that is none
+    except ValueError:
+        return None
+    is_plain = _NETLOC.fullmatch(url.netloc) is not None
+    return url if url.scheme in ("http", "https") and is_plain else None
+
+
 def _prefix(path: str) -> str:
     return path.split("/", 2)[1]
 
@@ -63,11 +75,10 @@ def _proxied(headers: Mapping[str, str]) -> Address:
     target = headers.get(TARGET_HEADER)
     if not target:
         raise BadRequest(f"The proxy needs the header {TARGET_HEADER}.")
-    try:
-        url = urlsplit(target)
-        host = url.hostname or ""
-    except ValueError:
-        raise BadRequest(f"{TARGET_HEADER} is not a URL.") from None
+    url = parse_url(target)
+    if url is None:
+        raise BadRequest(f"{TARGET_HEADER} is not an http or https URL.")
+    host = url.hostname or ""
     if service := _HOSTS.get(host):
         return Address(f"/{service}{url.path}", url.query)
     if url.netloc == headers.get("host") and _prefix(url.path or "/") in SERVICES:
@@ -136,7 +147,7 @@ def queue_path(path: str) -> QueuePath:
     if verb is None:
         raise NotFound(f"Path /{'/'.join(parts[at:])} not found")
     if not _REQUEST_ID.fullmatch(request_id):
-        raise NotFound(f"Request {request_id!r} not found")
+        raise RequestNotFound(f"Request {request_id!r} not found")
     return QueuePath(verb, app, request_id)
 
 

@@ -13,6 +13,7 @@ from schemas.errors import BodyTooLarge, FieldError, InputError, Location
 
 MAX_DEPTH = 32
 MAX_DIGITS = 100  # of an integer; no field takes more than 20
+MAX_FAULTS = 20  # told at once
 
 
 class _TooLong:
@@ -40,11 +41,16 @@ def parse(body: bytes) -> dict[str, Any]:
     if not body.strip():
         return {}
     value = _load(body)
-    if faults := list(_faults(value)):
-        raise InputError(faults[:20])
+    check(value)
     if not isinstance(value, dict):
         raise InputError([FieldError(("body",), "The body must be a JSON object", "dict_type")])
     return value
+
+
+def check(value: Any) -> None:
+    """Raise InputError for what no field may hold, wherever it stands in a JSON value."""
+    if faults := list(_faults(value)):
+        raise InputError(faults[:MAX_FAULTS])
 
 
 def _load(body: bytes) -> Any:

@@ -15,7 +15,7 @@ from deployments.gateway.addresses import application, belongs
 from deployments.gateway.keys import ANYONE
 from deployments.queue import Queue
 from pipelines import registry
-from schemas.errors import InternalError, NotFound
+from schemas.errors import InternalError, NotFound, RequestNotFound
 from schemas.fields import EndpointInput
 from schemas.jobs import (
     CancelOutcome,
@@ -48,6 +48,7 @@ class Wishes:
     priority: Priority = Priority.NORMAL
     start_timeout_s: float | None = None
     webhook_url: str | None = None
+    max_queue_length: int | None = None  # refuse when more wait
     previews: bool = False
 
 
@@ -99,7 +100,10 @@ class Gateway:
         caller: Caller,
         wishes: Wishes | None = None,
     ) -> Accepted:
-        """Accept a request. When this returns it is on disk. Raises NotFound or InputError."""
+        """Accept a request. When this returns it is on disk.
+
+        Raises NotFound, InputError or QueueFull.
+        """
         model = self._model_of(endpoint_id)
         kind = registry.endpoint(endpoint_id).input_type()
         request = validation.validate(kind, fields, self.settings.limits)
@@ -118,7 +122,7 @@ class Gateway:
             previews=wishes.previews,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
-        receipt = await self._queue.submit(job, notes)
+        receipt = await self._queue.submit(job, notes, wishes.max_queue_length)
         logger.info("accepted %s for %s", job.request_id, endpoint_id)
         return Accepted(job, receipt, ignored)
 
@@ -126,7 +130,7 @@ class Gateway:
         """A tenant's request under its application. Raises NotFound."""
         record = await self._queue.get(request_id, tenant)
         if record is None or not belongs(record.job.endpoint_id, app):
-            raise NotFound(f"Request {request_id} not found")
+            raise RequestNotFound(f"Request {request_id} not found")
         return record
 
     async def logs(self, request_id: str) -> list[Event]:

@@ -5,7 +5,6 @@ import contextvars
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -13,7 +12,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from deployments.gateway import answers, body, middleware, sse
-from deployments.gateway.addresses import METHODS, Verb, queue_path
+from deployments.gateway.addresses import METHODS, Verb, parse_url, queue_path
 from deployments.gateway.gateway import Accepted, Caller, Gateway, Wishes
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
@@ -41,7 +40,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         Route("/rest/{path:path}", http.unknown, methods=everything),
         Route("/cdn/{path:path}", http.unknown, methods=everything),
     ]
-    app: ASGIApp = Router(routes=routes)
+    app: ASGIApp = Router(routes=routes, redirect_slashes=False)
     for layer in (
         middleware.Addressing,
         lambda inner: middleware.Authentication(inner, keys),
@@ -165,6 +164,7 @@ class _Http:
         if request.method == "GET":
             query = request.query_params.items()
             fields: dict[str, Any] = {k: v for k, v in query if not k.startswith("fal_")}
+            body.check(fields)
         else:
             limit = self._gateway.settings.max_body_bytes
             declared = request.headers.get("content-length")
@@ -240,10 +240,11 @@ def _base_url(request: Request) -> str:
     forwarded = request.headers.get("x-forwarded-host")
     host = forwarded or request.headers.get("host") or ""
     scheme = request.headers.get("x-forwarded-proto") or request.url.scheme
-    url = urlsplit(f"{scheme.split(',')[0].strip()}://{host.split(',')[0].strip()}")
-    if url.scheme not in ("http", "https") or not url.netloc or "@" in url.netloc:
+    text = f"{scheme.split(',')[0].strip()}://{host.split(',')[0].strip()}"
+    url = parse_url(text)
+    if url is None or url.username is not None or url.netloc != text.partition("://")[2]:
         raise BadRequest("The Host header is missing or malformed.")
-    return f"{url.scheme}://{url.netloc}"
+    return text
 
 
 def _wishes(request: Request, *, previews: bool) -> Wishes:
@@ -252,22 +253,25 @@ def _wishes(request: Request, *, previews: bool) -> Wishes:
         priority=Priority.LOW if low else Priority.NORMAL,
         start_timeout_s=_start_timeout(request),
         webhook_url=_webhook_url(request),
+        max_queue_length=_max_queue_length(request),
         previews=previews,
     )
 
 
 def _webhook_url(request: Request) -> str | None:
     text = request.query_params.get("fal_webhook")
-    if text is None:
-        return None
-    try:
-        url = urlsplit(text)
-        usable = url.scheme in ("http", "https") and url.hostname is not None
-    except ValueError:
-        usable = False
-    if not usable:
+    if text is not None and parse_url(text) is None:
         raise BadRequest("fal_webhook must be an http or https URL.")
     return text
+
+
+def _max_queue_length(request: Request) -> int | None:
+    text = request.query_params.get("fal_max_queue_length")
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise BadRequest("fal_max_queue_length must be a whole number.")
+    return int(text)
 
 
 def _start_timeout(request: Request) -> float | None:

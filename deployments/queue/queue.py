@@ -20,7 +20,7 @@ from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, or_, 
 from deployments.queue import rows
 from deployments.queue.database import Database
 from deployments.queue.tables import deliveries, events, requests
-from schemas.errors import Cancelled, StartTimeout, WorkerLost
+from schemas.errors import Cancelled, QueueFull, StartTimeout, WorkerLost
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -68,8 +68,11 @@ class Queue:
 
     # --- the caller's side ---
 
-    async def submit(self, job: Job, notes: Sequence[JobEvent] = ()) -> Receipt:
-        """Accept a job. When this returns it is on disk and will reach a result."""
+    async def submit(self, job: Job, notes: Sequence[JobEvent] = (), max_ahead: int | None = None) -> Receipt:
+        """Accept a job. When this returns it is on disk and will reach a result.
+
+        Raises QueueFull, and keeps nothing, when more than `max_ahead` jobs run before it.
+        """
         now = self._clock()
         deadline = None if job.start_timeout_s is None else now + job.start_timeout_s
         values = rows.job_values(job) | {
@@ -88,6 +91,8 @@ class Queue:
             seq = connection.execute(accepted).scalar_one()
             _append(connection, job.request_id, notes, now)
             position = _position(connection, job.model, job.priority, seq)
+            if max_ahead is not None and position > max_ahead:
+                raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
             return Receipt(job.request_id, position)
 
         return await self._database.write(operation)

@@ -211,13 +211,14 @@ async def test_a_start_timeout_does_not_end_what_has_started(fal: Any) -> None:
 async def test_a_wrong_key_is_told_to_be_one(key: str, fal: Any, connect: Connect) -> None:
     request_id = (await settled(fal.submit(ENDPOINT, SMALL))).request_id
     intruder = connect(key)
-    for call in (
+    calls: list[Callable[[], Any]] = [
         lambda: intruder.run(ENDPOINT, SMALL),
         lambda: intruder.submit(ENDPOINT, SMALL),
         lambda: intruder.status(ENDPOINT, request_id),
         lambda: intruder.result(ENDPOINT, request_id),
         lambda: intruder.cancel(ENDPOINT, request_id),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(fal_client.FalClientHTTPError, match="invalid key credentials") as caught:
             await settled(call())
         assert (caught.value.status_code, caught.value.error_type) == (401, "auth_error")

@@ -7,6 +7,7 @@ import pytest
 
 from deployments.queue import Queue
 from deployments.queue.tables import deliveries
+from schemas.errors import QueueFull
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -71,6 +72,15 @@ async def test_positions_count_what_runs_before(queue: Queue) -> None:
     record = await queue.get(low.request_id, low.tenant)
     assert record is not None
     assert record.position == 2
+
+
+async def test_a_submit_may_be_refused_when_too_many_wait_and_leaves_nothing(queue: Queue) -> None:
+    await asyncio.gather(*(queue.submit(make_job()) for _ in range(3)))
+    late = make_job()
+    assert (await queue.submit(make_job(), max_ahead=3)).position == 3
+    with pytest.raises(QueueFull):
+        await queue.submit(late, max_ahead=3)
+    assert await queue.get(late.request_id, late.tenant) is None
 
 
 async def test_claims_go_by_priority_and_then_by_acceptance(queue: Queue) -> None:

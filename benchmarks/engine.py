@@ -1,0 +1,177 @@
+"""Pictures per second of our engine, which batches, beside diffusers' own pipeline behind a lock.
+
+The same weights, sizes, steps, seeds and threads; both go from a prompt to a picture. Their latents and
+pictures of one seed are compared before anything is timed.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL.Image import Image as Picture
+
+from benchmarks.measure import Row, arguments, header, show
+from pipelines import zoo
+from pipelines.engine.engine import Engine
+from pipelines.engine.sample import Sample
+from pipelines.flux.flux_dev import Pipeline
+from pipelines.flux.model import FluxModel
+from schemas.endpoints.flux_dev import Input
+from schemas.fields import resolve
+from schemas.settings import ModelSettings
+from tests.support.jobs import ENDPOINT
+
+REPEATS, STEPS, TOLERANCE = 3, 8, 1e-3
+PICTURES = {64: 48, 512: 12}  # side in pixels → pictures a measurement
+SETTINGS = ModelSettings(model="zoo:flux", endpoints=(ENDPOINT,), max_sequence_length=32)
+Draw = Callable[[Input], Picture]
+
+
+def wish(side: int, seed: int) -> Input:
+    return Input.model_validate(
+        {
+            "prompt": "a lighthouse",
+            "image_size": {"width": side, "height": side},
+            "num_inference_steps": STEPS,
+            "seed": seed,
+        }
+    )
+
+
+class Ours:
+    """Three threads, as in a worker: one prepares, the engine steps all samples together, one decodes.
+
+    torch's number of threads must be set before, because a thread keeps what it finds at its start.
+    """
+
+    def __init__(self, model: FluxModel) -> None:
+        self._pipeline = Pipeline(model)
+        self._preparing, self._finishing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._engine = Engine(model.predict, SETTINGS.batch_tokens)
+        self._engine.start()
+
+    def sample(self, request: Input) -> Sample:
+        [sample] = self._preparing.submit(self._pipeline.prepare, request, 0).result().samples
+        listener = _Listener()
+        self._engine.add(sample, listener)
+        listener.done.wait()
+        if listener.error is not None:
+            raise listener.error
+        return sample
+
+    def draw(self, request: Input) -> Picture:
+        return self._finishing.submit(self._pipeline.finish, self.sample(request)).result()
+
+
+class _Listener:
+    def __init__(self) -> None:
+        self.done = Event()
+        self.error: BaseException | None = None
+
+    def stepped(self, sample: Sample) -> None:
+        pass
+
+    def ended(self, sample: Sample, error: BaseException | None) -> None:
+        self.error = error
+        self.done.set()
+
+
+class Plain:
+    """One call after the other, whoever calls."""
+
+    def __init__(self, stock: Any) -> None:
+        self._stock = stock
+        self._lock = Lock()
+
+    def latents(self, request: Input) -> torch.Tensor:
+        found: torch.Tensor = self._call(request, "latent")[0]
+        return found
+
+    def draw(self, request: Input) -> Picture:
+        picture: Picture = self._call(request, "pil")[0]
+        return picture
+
+    def _call(self, request: Input, output: str) -> Any:
+        assert request.seed is not None
+        with self._lock:
+            return self._stock(
+                prompt=request.prompt,
+                width=resolve(request.image_size).width,
+                height=resolve(request.image_size).height,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                max_sequence_length=SETTINGS.max_sequence_length,
+                output_type=output,
+            ).images
+
+
+def difference(ours: Ours, plain: Plain, side: int) -> float:
+    """The largest between the latents of one seed. Pictures may differ by one rounding."""
+    request = wish(side, 7)
+    pictures = [np.asarray(each.draw(request)).astype(int) for each in (ours, plain)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1, "the pictures differ"
+    return float((ours.sample(request).latents - plain.latents(request)).abs().max())
+
+
+def rates(draw: Draw, side: int, callers: ThreadPoolExecutor) -> tuple[float, float]:
+    """Pictures a wall second and a CPU second."""
+    requests = [wish(side, seed) for seed in range(PICTURES[side])]
+    wall, cpu = time.perf_counter(), time.process_time()
+    list(callers.map(draw, requests))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return len(requests) / wall, len(requests) / cpu
+
+
+def compare(ours: Ours, plain: Plain, side: int, concurrent: int) -> Row:
+    ways: dict[str, Draw] = {"ours": ours.draw, "plain": plain.draw}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    with ThreadPoolExecutor(concurrent) as callers:
+        for draw in ways.values():
+            list(callers.map(draw, [wish(side, 0)] * concurrent))  # warm-up
+        for _ in range(REPEATS):
+            for name, draw in ways.items():
+                found[name].append(rates(draw, side, callers))
+    (wall, cpu), (plain_wall, plain_cpu) = (zip(*found[name], strict=True) for name in ways)
+    return {
+        "size": f"{side} px",
+        "threads": float(torch.get_num_threads()),
+        "at once": float(concurrent),
+        "ours /s": list(wall),
+        "plain /s": list(plain_wall),
+        "ratio": [a / b for a, b in zip(wall, plain_wall, strict=True)],
+        "ours /CPU-s": list(cpu),
+        "plain /CPU-s": list(plain_cpu),
+        "CPU ratio": [a / b for a, b in zip(cpu, plain_cpu, strict=True)],
+    }
+
+
+def main() -> None:
+    options = arguments("The engine beside a plain diffusers pipeline.")
+    folder = zoo.locate("flux")
+    stock = FluxPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    model, plain, rows, worst = FluxModel.load(folder, SETTINGS), Plain(stock), [], 0.0
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        ours = Ours(model)
+        worst = max(worst, *(difference(ours, plain, side) for side in PICTURES))
+        assert worst <= TOLERANCE, f"latents differ by {worst}"
+        rows += [compare(ours, plain, side, concurrent) for side in PICTURES for concurrent in (1, 4, 8)]
+    show(
+        f"engine: pictures a second, {STEPS} steps, ours beside a diffusers pipeline behind a lock",
+        rows,
+        f"median (range) of {REPEATS} interleaved repeats. Checked before: latents of one seed differ by "
+        f"at most {worst:.1g}, pictures by at most 1 of 255",
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    header()
+    main()

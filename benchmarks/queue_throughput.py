@@ -1,0 +1,180 @@
+"""How much the queue bears: durable submits beside the disk's own rate, then submits and polls over HTTP.
+
+The worker process is stopped while HTTP is measured, so that the front alone has the cores and what is
+submitted stays queued.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks.load import Tally, drive, request
+from benchmarks.measure import Row, arguments, cpu_s, header, percentile, serving, show
+from deployments.queue import open_queue
+from schemas.settings import LeaseSettings
+from tests.support.jobs import ENDPOINT, make_job
+from tests.support.server import Server
+
+REPEATS, CALLERS, SECONDS = 3, 32, 4.0
+FIELDS = {"prompt": "a lighthouse", "num_inference_steps": 50, "seed": 7}
+Measured = tuple[float, float]  # operations a second, CPU-ms each
+
+
+def disk(folder: Path) -> Measured:
+    """4 KiB written and synced at a time into a file that has its size, as a log has that is used again."""
+    page, pages = b"x" * 4096, 1024
+    (folder / "log").write_bytes(page * pages)
+    with (folder / "log").open("r+b", buffering=0) as file:
+
+        def write() -> None:
+            if file.tell() == pages * len(page):
+                file.seek(0)
+            file.write(page)
+            os.fdatasync(file.fileno())
+
+        return _repeat(write)
+
+
+def plain_sqlite(folder: Path) -> Measured:
+    """One writer, one insert a commit, as durable as ours."""
+    database = sqlite3.connect(folder / "plain.sqlite3", isolation_level=None)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=FULL")
+    database.execute("CREATE TABLE requests (seq INTEGER PRIMARY KEY, input TEXT)")
+    row = (json.dumps(FIELDS),)
+    return _repeat(lambda: database.execute("INSERT INTO requests (input) VALUES (?)", row))
+
+
+def _repeat(operation: Callable[[], object]) -> Measured:
+    count, began, cpu = 0, time.perf_counter(), time.process_time()
+    while (seconds := time.perf_counter() - began) < SECONDS / 2:
+        operation()
+        count += 1
+    return count / seconds, 1e3 * (time.process_time() - cpu) / count
+
+
+def submits(folder: Path, waiting: int = 0) -> Measured:
+    """Queue.submit by concurrent callers, with so many requests queued before."""
+    return asyncio.run(_submits(folder, waiting))
+
+
+async def _submits(folder: Path, waiting: int) -> Measured:
+    queue = open_queue(f"sqlite:///{folder}/queue.sqlite3", LeaseSettings())
+    for _ in range(0, waiting, 250):
+        await asyncio.gather(*(queue.submit(make_job(input=FIELDS)) for _ in range(250)))
+    began, cpu = time.perf_counter(), time.process_time()
+
+    async def caller() -> int:
+        count = 0
+        while time.perf_counter() - began < SECONDS:
+            await queue.submit(make_job(input=FIELDS))
+            count += 1
+        return count
+
+    count = sum(await asyncio.gather(*(caller() for _ in range(CALLERS))))
+    seconds, used = time.perf_counter() - began, time.process_time() - cpu
+    await queue.close()
+    return count / seconds, 1e3 * used / count
+
+
+def measure_queue(folder: Path) -> list[Row]:
+    ways: dict[str, Callable[[Path], Measured]] = {
+        "4 KiB written, fdatasync, one thread": disk,
+        "sqlite3 WAL+FULL, one insert a commit": plain_sqlite,
+        f"Queue.submit, {CALLERS} callers, empty queue": submits,
+    }
+    found: dict[str, list[Measured]] = {name: [] for name in ways}
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            with TemporaryDirectory(dir=folder) as data:
+                found[name].append(way(Path(data)))
+    with TemporaryDirectory(dir=folder) as data:
+        found["the same, 10,000 queued before"] = [submits(Path(data), 10_000)]
+    rows = [
+        {
+            "operation": name,
+            "per s": [rate for rate, _ in measured],
+            "CPU-ms each": [cpu for _, cpu in measured],
+            "aim": "",
+        }
+        for name, measured in found.items()
+    ]
+    rows[2]["aim"] = _verdict(1000, median([rate for rate, _ in found[rows[2]["operation"]]]))
+    return list(rows)
+
+
+def measure_http(folder: Path) -> list[Row]:
+    with serving(folder) as server, stopped(server):
+        submit = request(server.url, "POST", f"/queue/{ENDPOINT}", json.dumps(FIELDS).encode())
+        health = request(server.url, "GET", "/health")
+        few = drive(server.url, CALLERS, 0.2, lambda _: submit).bodies[-CALLERS:]
+
+        def poll(number: int) -> bytes:
+            return request(server.url, "GET", json.loads(few[number])["status_url"].removeprefix(server.url))
+
+        ways: dict[str, Callable[[int], bytes]] = {
+            "GET /health: the same path, no work": lambda _: health,
+            "status poll of a queued request": poll,
+            "durable submit": lambda _: submit,
+        }
+        tallies: dict[str, list[tuple[Tally, float]]] = {name: [] for name in ways}
+        for _ in range(REPEATS):
+            for name, way in ways.items():
+                cpu = cpu_s(server.pids())
+                tally = drive(server.url, CALLERS, SECONDS / 2, way)
+                tallies[name].append((tally, 1e3 * (cpu_s(server.pids()) - cpu) / len(tally.latencies)))
+    aims = {"status poll of a queued request": 500.0, "durable submit": 200.0}
+    return [_row(name, measured, aims.get(name)) for name, measured in tallies.items()]
+
+
+def _row(name: str, measured: list[tuple[Tally, float]], aim: float | None) -> Row:
+    rates = [tally.per_s for tally, _ in measured]
+    return {
+        "call": name,
+        "per s": rates,
+        "p50 ms": [1e3 * percentile(tally.latencies, 50) for tally, _ in measured],
+        "p99 ms": [1e3 * percentile(tally.latencies, 99) for tally, _ in measured],
+        "CPU-ms each": [cpu for _, cpu in measured],
+        "aim": "" if aim is None else _verdict(aim, median(rates)),
+    }
+
+
+def _verdict(aim: float, rate: float) -> str:
+    return f"{aim:,.0f}/s {'met' if rate >= aim else 'missed'}"
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """The worker stands still; not longer than its health checks bear."""
+    workers = server.pids("flux:worker")
+    assert workers, "the server has no worker"
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+
+
+def main() -> None:
+    options = arguments("Rates of the durable queue.")
+    options.dir.mkdir(parents=True, exist_ok=True)
+    repeats = f"median (range) of {REPEATS} interleaved repeats"
+    show("queue: durable operations in one process", measure_queue(options.dir), repeats, options.json)
+    title = f"queue over HTTP: {CALLERS} keep-alive connections, one gateway replica"
+    caption = f"{repeats}; CPU-ms: all of the server's processes, the load generator not included"
+    show(title, measure_http(options.dir), caption, options.json)
+
+
+if __name__ == "__main__":
+    header()
+    main()
