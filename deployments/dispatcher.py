@@ -56,6 +56,7 @@ class Dispatcher:
         self._windows: dict[str, int] = {}
         self._runs: dict[str, Run] = {}
         self._loops: list[asyncio.Task[None]] = []
+        self._next_sweep = 0.0  # by the queue's clock
 
     async def configure(self, catalogue: Catalogue) -> None:
         """Serve this catalogue from now on. What runs goes on; what waits follows its endpoint."""
@@ -88,15 +89,16 @@ class Dispatcher:
 
     async def _look(self) -> float:
         """Do what there is to do. Returns the seconds until something falls due."""
-        await self._queue.sweep()
+        now = self._queue.now()
+        if now >= self._next_sweep:
+            await self._queue.sweep()
         waiting = await self._queue.waiting(self.owner)
+        self._next_sweep = min(now + IDLE_S, waiting.next_due or now + IDLE_S)
         for request_id in waiting.cancelled & self._runs.keys():
             self._runs[request_id].task.cancel()
         for model in waiting.models & self._windows.keys():
             await self._fill(model)
-        if waiting.next_due is None:
-            return IDLE_S
-        return min(IDLE_S, max(0.0, waiting.next_due - self._queue.now()))
+        return max(0.0, self._next_sweep - self._queue.now())
 
     async def _fill(self, model: str) -> None:
         running = sum(run.claim.job.model == model for run in self._runs.values())

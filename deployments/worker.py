@@ -89,9 +89,9 @@ class Worker:
         try:
             while not outbox.ended.is_set():
                 await outbox.filled.wait()
-                if events := outbox.take():
-                    yield Update(events)
                 await _wait(outbox.ended, UPDATE_S)
+                if not outbox.ended.is_set():
+                    yield Update(outbox.take())
             yield Update(outbox.take(), task.result())
         finally:
             task.cancel()

@@ -11,7 +11,7 @@ Operation = Callable[[Connection], T]
 
 
 class Database(ABC):
-    """Transactions, and a bell that rings when another transaction was committed.
+    """Transactions, and a bell that rings when another process has committed one.
 
     An operation is a plain function of a connection. It may run more than once before its result
     counts, so it must have no effect but on the connection.
@@ -27,14 +27,14 @@ class Database(ABC):
 
     @abstractmethod
     async def changed(self, timeout_s: float) -> None:
-        """Wait for a commit by any process, or for `timeout_s`.
+        """Wait for a commit by another process, a `wake` in this one, or for `timeout_s`.
 
         A commit that fell between two calls is not missed.
         """
 
     @abstractmethod
     def wake(self) -> None:
-        """Make `changed` return in this process, as if there had been a commit."""
+        """Make `changed` return in this process, as if another had committed."""
 
     @abstractmethod
     async def close(self) -> None:

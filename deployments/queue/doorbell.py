@@ -39,8 +39,10 @@ class Doorbell:
         self._rung.set()
 
     def ring(self) -> None:
-        """Ring at every process, this one included. Safe on any thread."""
+        """Ring at every other process. Safe on any thread."""
         for path in self._folder.glob("*.bell"):
+            if path == self._path:
+                continue
             try:
                 self._socket.sendto(b"!", str(path))
             except BlockingIOError:

@@ -13,13 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, RowMapping
 
 from deployments.queue import rows
-from deployments.queue.database import Database
-from deployments.queue.tables import deliveries, events, requests
+from deployments.queue import statements as sql
+from deployments.queue.database import Database, Operation
 from schemas.errors import Cancelled, QueueFull, StartTimeout, WorkerLost
 from schemas.jobs import (
     CancelOutcome,
@@ -34,6 +34,8 @@ from schemas.jobs import (
     State,
 )
 from schemas.settings import LeaseSettings
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +89,16 @@ class Queue:
         }
 
         def operation(connection: Connection) -> Receipt:
-            accepted = insert(requests).values(values).returning(requests.c.seq)
-            seq = connection.execute(accepted).scalar_one()
+            seq = connection.execute(sql.ACCEPT, values).scalar_one()
             _append(connection, job.request_id, notes, now)
             position = _position(connection, job.model, job.priority, seq)
             if max_ahead is not None and position > max_ahead:
                 raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
             return Receipt(job.request_id, position)
 
-        return await self._database.write(operation)
+        receipt = await self._write(operation)
+        self.wake()
+        return receipt
 
     async def get(self, request_id: str, tenant: str) -> Record | None:
         """The record of a tenant's request, or None."""
@@ -152,7 +155,9 @@ class Queue:
                 _note_change(connection, request_id, now)
             return CancelOutcome.REQUESTED
 
-        return await self._database.write(operation)
+        outcome = await self._write(operation)
+        self.wake()
+        return outcome
 
     # --- the dispatcher's side ---
 
@@ -173,19 +178,13 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> Waiting:
-            queued = requests.c.state == State.QUEUED
-            models = select(requests.c.model).where(queued, requests.c.not_before <= now).distinct()
-            cancelled = select(requests.c.request_id).where(
-                requests.c.state == State.RUNNING,
-                requests.c.cancel_requested,
-                requests.c.lease_owner == owner,
-            )
-            deadline = select(func.min(requests.c.start_deadline)).where(queued)
-            backoff = select(func.min(requests.c.not_before)).where(queued, requests.c.not_before > now)
-            due = [connection.scalar(deadline), connection.scalar(backoff)]
+            due = [
+                connection.scalar(sql.NEXT_DEADLINE),
+                connection.scalar(sql.NEXT_BACKOFF, {"now": now}),
+            ]
             return Waiting(
-                frozenset(connection.scalars(models)),
-                frozenset(connection.scalars(cancelled)),
+                frozenset(connection.scalars(sql.MODELS_WAITING, {"now": now})),
+                frozenset(connection.scalars(sql.CANCELLED, {"owner": owner})),
                 min((at for at in due if at is not None), default=None),
             )
 
@@ -196,39 +195,20 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> list[Claim]:
-            candidates = (
-                select(requests)
-                .where(
-                    requests.c.model == model,
-                    requests.c.state == State.QUEUED,
-                    requests.c.not_before <= now,
-                    or_(requests.c.start_deadline.is_(None), requests.c.start_deadline > now),
-                )
-                .order_by(requests.c.priority, requests.c.seq)
-                .limit(limit)
-                .with_for_update(skip_locked=True)
-            )
-            return [
-                _take(connection, row, owner, now, now + self._lease.lease_s)
-                for row in connection.execute(candidates).mappings().all()
-            ]
+            wanted = {"model": model, "now": now, "limit": limit}
+            found = connection.execute(sql.CLAIMABLE, wanted).mappings().all()
+            return [_take(connection, row, owner, now, now + self._lease.lease_s) for row in found]
 
-        return await self._database.write(operation)
+        return await self._write(operation)
 
     async def heartbeat(self, owner: str) -> frozenset[str]:
         """Renew the leases of `owner`. Returns the request ids it still holds."""
         until = self._clock() + self._lease.lease_s
 
         def operation(connection: Connection) -> frozenset[str]:
-            renewed = (
-                update(requests)
-                .where(requests.c.state == State.RUNNING, requests.c.lease_owner == owner)
-                .values(lease_until=until)
-                .returning(requests.c.request_id)
-            )
-            return frozenset(connection.scalars(renewed))
+            return frozenset(connection.scalars(sql.RENEW, {"owner": owner, "until": until}))
 
-        return await self._database.write(operation)
+        return await self._write(operation)
 
     async def record(self, claim: Claim, news: Sequence[JobEvent]) -> bool:
         """Store events of a running job. False, and nothing stored, when the claim is lost."""
@@ -240,7 +220,7 @@ class Queue:
             _append(connection, claim.job.request_id, news, now)
             return True
 
-        return await self._database.write(operation)
+        return await self._write(operation)
 
     async def finish(self, claim: Claim, result: JobResult, news: Sequence[JobEvent] = ()) -> bool:
         """End a job with its result and owe its webhook, in one transaction.
@@ -258,7 +238,7 @@ class Queue:
             _complete(connection, claim.job, outcome, now)
             return True
 
-        return await self._database.write(operation)
+        return await self._write(operation)
 
     async def release(self, claim: Claim, *, crashed: bool, delay_s: float = 0) -> bool:
         """Give a claim back unfinished, to be claimed again after `delay_s`.
@@ -274,20 +254,17 @@ class Queue:
             self._put_back(connection, row, now, crashed=crashed, delay_s=delay_s)
             return True
 
-        return await self._database.write(operation)
+        return await self._write(operation)
 
     async def sweep(self) -> int:
         """Put back what lost its lease, end what missed its start. Returns how many changed."""
         now = self._clock()
-        lapsed = and_(requests.c.state == State.RUNNING, requests.c.lease_until < now)
-        overdue = and_(requests.c.state == State.QUEUED, requests.c.start_deadline <= now)
-        due = select(requests).where(or_(lapsed, overdue))
 
         def look(connection: Connection) -> bool:
-            return connection.execute(due.limit(1)).first() is not None
+            return connection.scalar(sql.ANY_DUE, {"now": now}) is not None
 
         def operation(connection: Connection) -> int:
-            found = connection.execute(due.with_for_update(skip_locked=True)).mappings().all()
+            found = connection.execute(sql.DUE, {"now": now}).mappings().all()
             for row in found:
                 if row["state"] == State.RUNNING:
                     self._put_back(connection, row, now, crashed=True)
@@ -296,23 +273,25 @@ class Queue:
                     _complete(connection, rows.job(row), timeout, now)
             return len(found)
 
-        return await self._database.write(operation) if await self._database.read(look) else 0
+        return await self._write(operation) if await self._database.read(look) else 0
 
     async def reroute(self, routes: Mapping[str, str]) -> None:
         """Move what waits to the models that serve its endpoints now (endpoint id → model)."""
 
         def operation(connection: Connection) -> None:
             for endpoint_id, model in routes.items():
-                moved = update(requests).where(
-                    requests.c.state == State.QUEUED,
-                    requests.c.endpoint_id == endpoint_id,
-                    requests.c.model != model,
-                )
-                connection.execute(moved.values(model=model))
+                connection.execute(sql.REROUTE, {"endpoint": endpoint_id, "to_model": model})
 
-        await self._database.write(operation)
+        await self._write(operation)
 
     # --- inside ---
+
+    async def _write(self, operation: Operation[T]) -> T:
+        """A transaction. Other processes hear of it by themselves, watchers in this one from here."""
+        result = await self._database.write(operation)
+        if self._watchers:
+            self.wake()
+        return result
 
     def _put_back(
         self,
@@ -360,8 +339,7 @@ class Queue:
 
 
 def _find(connection: Connection, request_id: str, tenant: str) -> Record | None:
-    query = select(requests).where(requests.c.request_id == request_id, requests.c.tenant == tenant)
-    row = connection.execute(query).mappings().first()
+    row = connection.execute(sql.FIND, {"request_id": request_id, "tenant": tenant}).mappings().first()
     if row is None:
         return None
     position = None
@@ -372,26 +350,13 @@ def _find(connection: Connection, request_id: str, tenant: str) -> Record | None
 
 def _position(connection: Connection, model: str, priority: int, seq: int) -> int:
     """How many queued requests of the model run before this one."""
-    before = or_(requests.c.priority < priority, and_(requests.c.priority == priority, requests.c.seq < seq))
-    ahead = (
-        select(func.count())
-        .select_from(requests)
-        .where(requests.c.model == model, requests.c.state == State.QUEUED, before)
-    )
-    return int(connection.execute(ahead).scalar_one())
+    place = {"model": model, "priority": priority, "seq": seq}
+    return int(connection.execute(sql.POSITION, place).scalar_one())
 
 
 def _events(connection: Connection, request_id: str, after: int) -> list[Event]:
-    query = (
-        select(events)
-        .where(
-            events.c.request_id == request_id,
-            events.c.seq > after,
-            events.c.kind != rows.STATE_CHANGE,
-        )
-        .order_by(events.c.seq)
-    )
-    return [rows.event(row) for row in connection.execute(query).mappings()]
+    wanted = {"request_id": request_id, "after": after}
+    return [rows.event(row) for row in connection.execute(sql.EVENTS, wanted).mappings()]
 
 
 def _snapshot(
@@ -405,15 +370,14 @@ def _snapshot(
 
 def _newest(connection: Connection) -> int:
     """The newest event's seq, 0 when there is none."""
-    return int(connection.execute(select(func.coalesce(func.max(events.c.seq), 0))).scalar_one())
+    return int(connection.execute(sql.NEWEST).scalar_one())
 
 
 def _changes_since(after: int) -> Callable[[Connection], tuple[int, set[str]]]:
     """The newest event's seq, and the requests with events above `after`."""
-    query = select(events.c.seq, events.c.request_id).where(events.c.seq > after)
 
     def operation(connection: Connection) -> tuple[int, set[str]]:
-        found = connection.execute(query).all()
+        found = connection.execute(sql.CHANGES, {"after": after}).all()
         return max((seq for seq, _ in found), default=after), {name for _, name in found}
 
     return operation
@@ -437,12 +401,8 @@ def _take(connection: Connection, row: RowMapping, owner: str, now: float, lease
 
 def _held(connection: Connection, claim: Claim) -> RowMapping | None:
     """The row of a claim that still holds, or None."""
-    query = select(requests).where(
-        requests.c.request_id == claim.job.request_id,
-        requests.c.fence == claim.fence,
-        requests.c.state == State.RUNNING,
-    )
-    return connection.execute(query.with_for_update()).mappings().first()
+    held = {"request_id": claim.job.request_id, "fence": claim.fence}
+    return connection.execute(sql.HELD, held).mappings().first()
 
 
 def _complete(connection: Connection, job: Job, result: JobResult, now: float) -> None:
@@ -455,31 +415,29 @@ def _complete(connection: Connection, job: Job, result: JobResult, now: float) -
         lease_until=None,
         **rows.result_values(result),
     )
-    previews = and_(events.c.request_id == job.request_id, events.c.kind == "preview")
-    connection.execute(delete(events).where(previews))
+    connection.execute(sql.FORGET_PREVIEWS, {"request_id": job.request_id})
     _note_change(connection, job.request_id, now)
     if job.webhook_url is not None:
-        connection.execute(
-            insert(deliveries).values(
-                request_id=job.request_id,
-                url=job.webhook_url,
-                state="due",
-                created_at=now,
-                attempts=0,
-                next_attempt_at=now,
-            )
-        )
+        owed = {
+            "request_id": job.request_id,
+            "url": job.webhook_url,
+            "state": "due",
+            "created_at": now,
+            "attempts": 0,
+            "next_attempt_at": now,
+        }
+        connection.execute(sql.OWE, owed)
 
 
 def _set(connection: Connection, request_id: str, **values: Any) -> None:
-    connection.execute(update(requests).where(requests.c.request_id == request_id).values(**values))
+    connection.execute(sql.SET, {"of": request_id, **values})
 
 
 def _append(connection: Connection, request_id: str, news: Sequence[JobEvent], now: float) -> None:
     if news:
-        values = [rows.event_values(request_id, each, now) for each in news]
-        connection.execute(insert(events), values)
+        connection.execute(sql.APPEND, [rows.event_values(request_id, each, now) for each in news])
 
 
 def _note_change(connection: Connection, request_id: str, now: float) -> None:
-    connection.execute(insert(events).values(request_id=request_id, kind=rows.STATE_CHANGE, at=now))
+    change = {"request_id": request_id, "kind": rows.STATE_CHANGE, "at": now, "payload": None}
+    connection.execute(sql.APPEND, change)

@@ -42,7 +42,10 @@ class FluxModel(Model):
     def encode_prompt(self, prompt: str) -> Conditioning:
         """The T5 tokens and the pooled CLIP embedding of a prompt."""
         tokens, pooled, _ = self._parts.encode_prompt(
-            prompt=prompt, prompt_2=None, max_sequence_length=self._max_sequence_length
+            prompt=prompt,
+            prompt_2=None,
+            device=self._device,
+            max_sequence_length=self._max_sequence_length,
         )
         return Conditioning(tokens[0], pooled[0])
 
