@@ -11,17 +11,16 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from deployments.gateway import answers, body, middleware, sse
-from deployments.gateway.addresses import METHODS, Verb, parse_url, queue_path
-from deployments.gateway.gateway import Accepted, Caller, Gateway, Wishes
+from deployments.gateway import answers, body, middleware, sse, wishes
+from deployments.gateway.addresses import METHODS, Verb, queue_path
+from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
-from schemas.jobs import JobResult, Previewed, Priority, Snapshot
+from schemas.jobs import JobResult, Previewed, Record, Snapshot
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # a stream's answer begins after so long at the latest, with or without an event
-MIN_START_TIMEOUT_S = 0.1
 
 Ready = Callable[[], Awaitable[bool]]
 
@@ -91,21 +90,38 @@ class _Http:
             return answers.receipt(accepted.job, accepted.receipt.position, accepted.ignored)
         caller = self._caller(request)
         record = await self._gateway.record(path.app, path.request_id, caller.tenant)
-        if path.verb == Verb.CANCEL:
-            outcome = await self._gateway.cancel(path.request_id, caller.tenant)
-            return answers.cancelled(outcome, path.request_id)
-        if path.verb == Verb.RESULT:
-            if record.result is None:
-                raise BadRequest("Request is still in progress")
-            return answers.result(record.result, path.request_id)
-        wants_logs = request.query_params.get("logs", "").lower() in ("1", "true")
-        headers = {answers.REQUEST_ID: path.request_id}
-        if path.verb == Verb.STATUS_STREAM:
-            snapshots = self._gateway.watch(path.request_id, caller.tenant)
-            return sse.stream(_statuses(snapshots, wants_logs, caller.base_url), headers)
-        logs = await self._gateway.logs(path.request_id) if wants_logs else None
+        answer = {
+            Verb.STATUS: self._status,
+            Verb.STATUS_STREAM: self._status_stream,
+            Verb.RESULT: self._result,
+            Verb.CANCEL: self._cancel,
+        }[path.verb]
+        return await answer(request, caller, record)
+
+    async def _status(self, request: Request, caller: Caller, record: Record) -> Response:
+        request_id = record.job.request_id
+        logs = await self._gateway.logs(request_id) if _wants_logs(request) else None
         status = answers.status(record, logs, caller.base_url)
-        return answers.Json(status, answers.status_code(record), headers)
+        return answers.Json(status, answers.status_code(record), {answers.REQUEST_ID: request_id})
+
+    async def _status_stream(self, request: Request, caller: Caller, record: Record) -> Response:
+        """A status document per change; its logs are those since the one before."""
+        snapshots = self._gateway.watch(record.job.request_id, caller.tenant)
+        wants_logs = _wants_logs(request)
+        documents = (
+            answers.status(each.record, each.events if wants_logs else None, caller.base_url)
+            async for each in snapshots
+        )
+        return sse.stream(documents, {answers.REQUEST_ID: record.job.request_id})
+
+    async def _result(self, request: Request, caller: Caller, record: Record) -> Response:
+        if record.result is None:
+            raise BadRequest("Request is still in progress")
+        return answers.result(record.result, record.job.request_id)
+
+    async def _cancel(self, request: Request, caller: Caller, record: Record) -> Response:
+        outcome = await self._gateway.cancel(record.job.request_id, caller.tenant)
+        return answers.cancelled(outcome, record.job.request_id)
 
     async def run(self, request: Request) -> Response:
         if request.method not in METHODS[Verb.SUBMIT]:
@@ -169,11 +185,11 @@ class _Http:
             limit = self._gateway.settings.max_body_bytes
             declared = request.headers.get("content-length")
             fields = body.parse(await body.read(request.stream(), declared, limit))
-        wishes = _wishes(request, previews=previews)
-        return await self._gateway.submit(endpoint_id, fields, self._caller(request), wishes)
+        asked = wishes.read(request, previews=previews)
+        return await self._gateway.submit(endpoint_id, fields, self._caller(request), asked)
 
     def _caller(self, request: Request) -> Caller:
-        return Caller(request.state.tenant, self._gateway.settings.public_url or _base_url(request))
+        return Caller(request.state.tenant, self._gateway.settings.public_url or wishes.base_url(request))
 
     async def _while_connected(
         self, request: Request, accepted: Accepted, work: Coroutine[Any, Any, Any]
@@ -210,13 +226,8 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def _statuses(
-    snapshots: AsyncIterator[Snapshot], wants_logs: bool, base_url: str
-) -> AsyncIterator[dict[str, Any]]:
-    """A status document per change; logs are those since the last one."""
-    async for snapshot in snapshots:
-        logs = snapshot.events if wants_logs else None
-        yield answers.status(snapshot.record, logs, base_url)
+def _wants_logs(request: Request) -> bool:
+    return request.query_params.get("logs", "").lower() in ("1", "true")
 
 
 async def _outputs(snapshots: AsyncIterator[Snapshot]) -> AsyncIterator[Previewed | JobResult]:
@@ -233,56 +244,3 @@ def _document(event: Previewed | JobResult) -> dict[str, Any]:
     if isinstance(event, Previewed):
         return event.output
     return event.body if event.error is None else {"error": event.body}
-
-
-def _base_url(request: Request) -> str:
-    """How the caller reached us, as far as a proxy in front tells."""
-    forwarded = request.headers.get("x-forwarded-host")
-    host = forwarded or request.headers.get("host") or ""
-    scheme = request.headers.get("x-forwarded-proto") or request.url.scheme
-    text = f"{scheme.split(',')[0].strip()}://{host.split(',')[0].strip()}"
-    url = parse_url(text)
-    if url is None or url.username is not None or url.netloc != text.partition("://")[2]:
-        raise BadRequest("The Host header is missing or malformed.")
-    return text
-
-
-def _wishes(request: Request, *, previews: bool) -> Wishes:
-    low = request.headers.get("x-fal-queue-priority", "").lower() == "low"
-    return Wishes(
-        priority=Priority.LOW if low else Priority.NORMAL,
-        start_timeout_s=_start_timeout(request),
-        webhook_url=_webhook_url(request),
-        max_queue_length=_max_queue_length(request),
-        previews=previews,
-    )
-
-
-def _webhook_url(request: Request) -> str | None:
-    text = request.query_params.get("fal_webhook")
-    if text is not None and parse_url(text) is None:
-        raise BadRequest("fal_webhook must be an http or https URL.")
-    return text
-
-
-def _max_queue_length(request: Request) -> int | None:
-    text = request.query_params.get("fal_max_queue_length")
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise BadRequest("fal_max_queue_length must be a whole number.")
-    return int(text)
-
-
-def _start_timeout(request: Request) -> float | None:
-    for name in ("x-fal-request-start-timeout", "x-fal-request-timeout"):
-        if (text := request.headers.get(name)) is None:
-            continue
-        try:
-            seconds = float(text)
-        except ValueError:
-            seconds = float("nan")
-        if not MIN_START_TIMEOUT_S < seconds < float("inf"):
-            raise BadRequest(f"{name} must be a number of seconds above {MIN_START_TIMEOUT_S}.")
-        return seconds
-    return None

@@ -1,0 +1,64 @@
+"""What a caller asks beside its input, in headers and query parameters."""
+
+from starlette.requests import Request
+
+from deployments.gateway.addresses import parse_url
+from deployments.gateway.gateway import Wishes
+from schemas.errors import BadRequest
+from schemas.jobs import Priority
+
+MIN_START_TIMEOUT_S = 0.1
+
+
+def base_url(request: Request) -> str:
+    """How the caller reached us, as far as a proxy in front tells. Raises BadRequest."""
+    forwarded = request.headers.get("x-forwarded-host")
+    host = forwarded or request.headers.get("host") or ""
+    scheme = request.headers.get("x-forwarded-proto") or request.url.scheme
+    text = f"{scheme.split(',')[0].strip()}://{host.split(',')[0].strip()}"
+    url = parse_url(text)
+    if url is None or url.username is not None or url.netloc != text.partition("://")[2]:
+        raise BadRequest("The Host header is missing or malformed.")
+    return text
+
+
+def read(request: Request, *, previews: bool) -> Wishes:
+    """Raises BadRequest for what is malformed."""
+    low = request.headers.get("x-fal-queue-priority", "").lower() == "low"
+    return Wishes(
+        priority=Priority.LOW if low else Priority.NORMAL,
+        start_timeout_s=_start_timeout(request),
+        webhook_url=_webhook_url(request),
+        max_queue_length=_max_queue_length(request),
+        previews=previews,
+    )
+
+
+def _webhook_url(request: Request) -> str | None:
+    text = request.query_params.get("fal_webhook")
+    if text is not None and parse_url(text) is None:
+        raise BadRequest("fal_webhook must be an http or https URL.")
+    return text
+
+
+def _max_queue_length(request: Request) -> int | None:
+    text = request.query_params.get("fal_max_queue_length")
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise BadRequest("fal_max_queue_length must be a whole number.")
+    return int(text)
+
+
+def _start_timeout(request: Request) -> float | None:
+    for name in ("x-fal-request-start-timeout", "x-fal-request-timeout"):
+        if (text := request.headers.get(name)) is None:
+            continue
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = float("nan")
+        if not MIN_START_TIMEOUT_S < seconds < float("inf"):
+            raise BadRequest(f"{name} must be a number of seconds above {MIN_START_TIMEOUT_S}.")
+        return seconds
+    return None
