@@ -108,6 +108,10 @@ class _GatewayReplica:
         """See Gateway.run."""
         return await self._opened().run(endpoint_id, request)
 
+    async def check_health(self) -> None:
+        if self._gateway is not None and not self._gateway.is_alive:
+            raise RuntimeError("The queue can no longer be written.")
+
     def _opened(self) -> Gateway:
         if self._gateway is None:
             queue = open_queue(self._settings.queue_url, self._settings.lease)
@@ -161,6 +165,9 @@ class _WorkerReplica:
 
     async def check_health(self) -> None:
         self._worker.check_health()
+
+    def __del__(self) -> None:
+        self._worker.close()
 
 
 def _join_logs() -> None:

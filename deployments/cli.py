@@ -39,7 +39,7 @@ LOCAL_URL = "http://127.0.0.1:8000"
 def serve(
     config: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = Path("serve_config.yaml"),
     host: Annotated[str | None, typer.Option(help="instead of the file's")] = None,
-    port: Annotated[int | None, typer.Option(help="instead of the file's")] = None,
+    port: Annotated[int | None, typer.Option(help="instead of the file's", min=1, max=65535)] = None,
     key: Annotated[
         list[str] | None,
         typer.Option(help=f"ID:SECRET; turns authentication on, as does {KEYS_ENV}"),
@@ -51,10 +51,10 @@ def serve(
     os.environ[KEYS_ENV] = " ".join([*os.environ.get(KEYS_ENV, "").split(), *(key or [])])
     with _explained():
         required = keys.parse(os.environ[KEYS_ENV])
+        settings = server.load_config(config, host, port)
+        url = server.address(settings)
     if not required:
         errors.print(f"[bold red]AUTHENTICATION IS OFF[/]: set {KEYS_ENV} or pass --key to turn it on.")
-    settings = server.load_config(config, host, port)
-    url = server.address(settings)
     stopped = threading.Event()
     _stop_on_signal(stopped)
     try:
@@ -126,7 +126,10 @@ def _fields(inputs: list[str]) -> dict[str, Any]:
             fields[name] = _value(value)
         else:
             text = sys.stdin.read() if each == "-" else Path(each).read_text()
-            fields.update(json.loads(text))
+            document = json.loads(text)
+            if not isinstance(document, dict):
+                raise ValueError(f"{each} must hold a JSON object")
+            fields.update(document)
     return fields
 
 
@@ -179,7 +182,7 @@ def _explained() -> Iterator[None]:
     """Say what is wrong in a line, without a traceback."""
     try:
         yield
-    except (Refused, RuntimeError, ValueError, OSError, httpx.TransportError) as error:
+    except (Refused, RuntimeError, ValueError, OSError, httpx.TransportError, httpx.InvalidURL) as error:
         errors.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None
 

@@ -11,13 +11,14 @@ import contextvars
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
 from deployments.queue import Queue
-from schemas.errors import NotReady, WorkerLost
+from schemas.errors import NotReady, StoreDown, WorkerLost
 from schemas.jobs import Claim, Job, Update
 from schemas.settings import Catalogue, LeaseSettings
 
@@ -37,7 +38,7 @@ class ModelHandle(Protocol):
         """
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Run:
     """A claim being run."""
 
@@ -67,7 +68,7 @@ class Dispatcher:
 
     @property
     def is_alive(self) -> bool:
-        return not any(loop.done() for loop in self._loops)
+        return self._queue.is_alive and not any(loop.done() for loop in self._loops)
 
     async def close(self) -> None:
         """Stop, and give back what runs: another dispatcher takes it at once."""
@@ -106,7 +107,20 @@ class Dispatcher:
         if room <= 0:
             return
         for claim in await self._queue.claim(model, self.owner, room):
-            self._runs[claim.job.request_id] = Run(claim, _detached(self._run(claim)))
+            self._start(claim)
+
+    def _start(self, claim: Claim) -> None:
+        request_id = claim.job.request_id
+        if older := self._runs.get(request_id):  # our lease on it had lapsed unseen
+            older.task.cancel()
+        run = self._runs[request_id] = Run(claim, _detached(self._run(claim)))
+
+        def forget(_: asyncio.Task[None]) -> None:
+            if self._runs.get(request_id) is run:
+                del self._runs[request_id]
+            self._queue.wake()  # there is room again
+
+        run.task.add_done_callback(forget)
 
     async def _run(self, claim: Claim) -> None:
         """Run one claim to its end, whatever that is."""
@@ -115,50 +129,64 @@ class Dispatcher:
             await self._follow(claim)
         except asyncio.CancelledError:
             # its caller gave it up, its lease was lost, or we are closing; the queue knows which
-            await self._queue.release(claim, crashed=False)
+            await self._release(claim, crashed=False)
         except NotReady as error:
             logger.warning("request %s waits: %s", request_id, error.message)
-            await self._queue.release(claim, crashed=False, delay_s=IDLE_S)
+            await self._release(claim, crashed=False, delay_s=IDLE_S)
         except WorkerLost as lost:
             logger.warning("request %s lost its worker: %s", request_id, lost.message)
-            await self._queue.release(claim, crashed=True)
+            await self._release(claim, crashed=True)
         except Exception:
             logger.exception("request %s could not be run", request_id)
-            await self._queue.release(claim, crashed=True)
-        finally:
-            self._runs.pop(request_id, None)
-            self._queue.wake()  # there is room again
+            await self._release(claim, crashed=True)
+
+    async def _release(self, claim: Claim, *, crashed: bool, delay_s: float = 0) -> None:
+        await _insist(partial(self._queue.release, claim, crashed=crashed, delay_s=delay_s))
 
     async def _follow(self, claim: Claim) -> None:
         """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
         async with contextlib.aclosing(handle.generate(claim.job)) as updates:
             async for update in updates:
-                if update.result is not None:
-                    await self._queue.finish(claim, update.result, update.events)
-                    return
-                if not await self._queue.record(claim, update.events):
+                if not await _insist(partial(self._write, claim, update)):
                     return  # someone else has it
+                if update.result is not None:
+                    return
         raise WorkerLost("The worker ended without a result.")
+
+    async def _write(self, claim: Claim, update: Update) -> bool:
+        """Keep an update. False when the claim is lost."""
+        if update.result is None:
+            return await self._queue.record(claim, update.events)
+        return await self._queue.finish(claim, update.result, update.events)
 
     async def _renew(self) -> None:
         """Renew the leases; stop what was lost."""
         while True:
             await asyncio.sleep(self._lease.heartbeat_s)
-            before = set(self._runs)
+            before = list(self._runs.values())
             try:
-                held = await self._queue.heartbeat(self.owner)
+                held = await self._queue.heartbeat([run.claim for run in before])
             except Exception:
                 logger.exception("the leases could not be renewed")
                 continue
-            for request_id in before - held:
-                if run := self._runs.get(request_id):
-                    await self._stop(run)
+            for run in before:
+                if run.claim.job.request_id not in held:
+                    run.task.cancel()
 
     @staticmethod
     async def _stop(run: Run) -> None:
         run.task.cancel()
         await asyncio.wait([run.task])
+
+
+async def _insist(write: Callable[[], Awaitable[bool]]) -> bool:
+    """Repeat a write until the database takes it. The fence keeps it harmless if that is late."""
+    while True:
+        try:
+            return await write()
+        except StoreDown:
+            await asyncio.sleep(IDLE_S)
 
 
 def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -5,13 +5,17 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
+from pydantic import ValidationError
+
+from pipelines import registry
+from schemas.settings import Catalogue, FrontSettings, ModelSettings, Settings
 
 READY_TIMEOUT_S = 600.0
 POLL_S = 0.2
@@ -41,11 +45,50 @@ INNER_PORTS = (
 
 
 def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any]:
-    """The configuration, with the address replaced where one is given."""
-    config: dict[str, Any] = yaml.safe_load(path.read_text())
-    options = config.setdefault("http_options", {})
-    options.update({k: v for k, v in (("host", host), ("port", port)) if v is not None})
+    """The configuration, with the address replaced where one is given.
+
+    Raises ValueError for what could not be deployed: better now than when Ray has started.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
+        raise ValueError(f"{path} must be a mapping with a list of applications")
+    given = {"host": host, "port": port}
+    config["http_options"] = (config.get("http_options") or {}) | {
+        name: value for name, value in given.items() if value is not None
+    }
+    for application in config["applications"]:
+        _check(application)
     return config
+
+
+def _check(application: dict[str, Any]) -> None:
+    """Read an application's settings as its builder will."""
+    builder = str(application.get("import_path")).removeprefix("deployments.app:")
+    kinds: dict[str, type[Settings]] = {"front": FrontSettings, "model": ModelSettings}
+    if kind := kinds.get(builder):
+        _validate(kind, application.get("args") or {}, f"application {application.get('name')}")
+    for deployment in application.get("deployments") or []:
+        if catalogue := deployment.get("user_config"):
+            _validate(Catalogue, catalogue, f"user_config of {deployment.get('name')}")
+
+
+def _validate(kind: type[Settings], data: Any, place: str) -> None:
+    try:
+        settings = kind.model_validate(data)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ValueError(f"{place}: {'; '.join(faults)}") from None
+    endpoints: Iterable[str] = ()
+    if isinstance(settings, Catalogue):
+        endpoints = settings.routes()
+    elif isinstance(settings, ModelSettings):
+        endpoints = settings.endpoints
+    if unknown := [each for each in endpoints if each not in registry.ENDPOINTS]:
+        known = ", ".join(registry.ENDPOINTS)
+        raise ValueError(f"{place}: unknown endpoint {', '.join(unknown)}; known: {known}")
 
 
 def address(config: dict[str, Any]) -> str:
@@ -98,8 +141,7 @@ def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str],
         status = serve.status()
         states = {name: app.status.value for name, app in status.applications.items()}
         if failed := [name for name, state in states.items() if "FAILED" in state]:
-            messages = "\n".join(status.applications[name].message for name in failed)
-            raise RuntimeError(f"{', '.join(failed)} could not be started:\n{messages}")
+            raise RuntimeError("\n".join(_why(status.applications[name], name) for name in failed))
         line = ", ".join(f"{name} {state.lower()}" for name, state in sorted(states.items()))
         if line != told:
             report(told := line)
@@ -107,6 +149,12 @@ def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str],
             return
     if not stopped.is_set():
         raise RuntimeError(f"not ready after {READY_TIMEOUT_S:.0f} s: {told}")
+
+
+def _why(application: Any, name: str) -> str:
+    """What Serve says of an application that failed, its deployments' own words included."""
+    said = [application.message, *(each.message for each in application.deployments.values())]
+    return "\n".join([f"{name} could not be started:", *(text for text in said if text)])
 
 
 def _answers(url: str) -> bool:
@@ -117,10 +165,12 @@ def _answers(url: str) -> bool:
 
 
 def stop() -> None:
-    """Drain and end everything that `start` began."""
+    """Drain and end everything that `start` began, if it began."""
     import ray
     from ray import serve
 
+    if not ray.is_initialized():
+        return
     serve.shutdown()
     ray.shutdown()
 
@@ -150,6 +200,7 @@ def _free_ports(count: int) -> int:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
         try:
             probe.bind(("", port))
         except OSError:

@@ -156,9 +156,9 @@ class Worker:
         self, pipeline: AnyPipeline, request: EndpointInput, generation: Generation
     ) -> Previewed:
         def draw() -> dict[str, Any]:
-            pictures = [pipeline.preview(sample) for sample in generation.samples]
+            drawn = [pipeline.preview(sample) for sample in generation.samples]
+            pictures, flags = self._checked(generation, drawn)
             shown = [_inline(picture, images.encode(picture, "jpeg"), "jpeg") for picture in pictures]
-            flags = [False] * len(shown)
             output = pipeline.answer(request, shown, generation.seed, flags, {})
             return dict(output.model_dump(mode="json"))
 
@@ -168,15 +168,20 @@ class Worker:
         self, pipeline: AnyPipeline, generation: Generation
     ) -> tuple[list[tuple[Picture, bytes]], list[bool]]:
         """Decode, check and compress: pictures with their bytes, and their flags."""
-        pictures = [pipeline.finish(sample) for sample in generation.samples]
-        flags = [False] * len(pictures)
-        if generation.check_safety and self._safety is not None:
-            flags = self._safety.flags(pictures)
+        drawn = [pipeline.finish(sample) for sample in generation.samples]
+        pictures, flags = self._checked(generation, drawn)
+        return [(each, images.encode(each, generation.format)) for each in pictures], flags
+
+    def _checked(self, generation: Generation, pictures: list[Picture]) -> tuple[list[Picture], list[bool]]:
+        """The pictures, unsafe ones black, and which those are. No picture leaves another way."""
+        if not generation.check_safety or self._safety is None:
+            return pictures, [False] * len(pictures)
+        flags = self._safety.flags(pictures)
         shown = [
             images.blackened(picture) if flag else picture
             for picture, flag in zip(pictures, flags, strict=True)
         ]
-        return [(each, images.encode(each, generation.format)) for each in shown], flags
+        return shown, flags
 
     async def _store(self, job: Job, generation: Generation, encoded: tuple[Picture, bytes]) -> Image:
         picture, data = encoded
@@ -243,7 +248,7 @@ class _Progress:
         while self._error is None and (self._running or told < self.total):
             await self._changed.wait()
             self._changed.clear()
-            done = min(sample.step for sample in self._samples)
+            done = self.total - max(sample.plan.steps - sample.step for sample in self._samples)
             for step in range(told + 1, done + 1):
                 yield step
             told = max(told, done)

@@ -13,6 +13,7 @@
     │   ├── QueueFull           429
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
+        ├── StoreDown           503, the queue's database cannot be reached or written
         ├── InternalError       500, the model failed on a valid request
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
@@ -176,6 +177,13 @@ class InternalError(ServerError):
     def body(self) -> dict[str, Any]:
         detail = FieldError(("body",), self.message, self.error_type)
         return {"detail": [detail.body()], "error_type": self.error_type, "message": self.message}
+
+
+class StoreDown(ServerError):
+    """The queue's database cannot be reached or written at this moment; nothing was accepted."""
+
+    status = 503
+    retryable = True
 
 
 class WorkerLost(ServerError):

@@ -84,10 +84,6 @@ class Catalogue(Settings):
                 seen[endpoint_id] = model
         return self
 
-    def model_of(self, endpoint_id: str) -> str | None:
-        """The application that serves `endpoint_id`, or None."""
-        return self.routes().get(endpoint_id)
-
     def routes(self) -> dict[str, str]:
         """Endpoint id → application name."""
         return {endpoint_id: model for model, entry in self.models.items() for endpoint_id in entry.endpoints}

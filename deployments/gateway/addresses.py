@@ -68,7 +68,7 @@ def parse_url(text: str) -> SplitResult | None:
 
 
 def _prefix(path: str) -> str:
-    return path.split("/", 2)[1]
+    return path.lstrip("/").partition("/")[0] if path.startswith("/") else ""
 
 
 def _proxied(headers: Mapping[str, str]) -> Address:

@@ -26,7 +26,7 @@ class _TooLong:
 async def read(chunks: AsyncIterable[bytes], declared: str | None, limit: int) -> bytes:
     """The whole body. Raises BodyTooLarge before more than `limit` bytes are kept."""
     refusal = BodyTooLarge(f"The body must be at most {limit} bytes; send files by URL instead.")
-    if declared is not None and declared.isdigit() and int(declared[:20]) > limit:
+    if declared is not None and declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
         raise refusal
     body = bytearray()
     async for chunk in chunks:

@@ -77,6 +77,11 @@ class Gateway:
         self._routes = catalogue.routes()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether requests can still be accepted."""
+        return self._queue.is_alive
+
+    @property
     def endpoints(self) -> Mapping[str, str]:
         """Endpoint id → the model that serves it."""
         return self._routes

@@ -112,7 +112,7 @@ class _Http:
             answers.status(each.record, each.events if wants_logs else None, caller.base_url)
             async for each in snapshots
         )
-        return sse.stream(documents, {answers.REQUEST_ID: record.job.request_id})
+        return sse.EventStream(documents, {answers.REQUEST_ID: record.job.request_id})
 
     async def _result(self, request: Request, caller: Caller, record: Record) -> Response:
         if record.result is None:
@@ -156,25 +156,22 @@ class _Http:
         if isinstance(event, JobResult) and event.error is not None:
             return answers.result(event, job.request_id)
         headers = {answers.REQUEST_ID: job.request_id, **answers.ignored_header(accepted.ignored)}
-        return sse.stream(self._until_left(accepted, first, events), headers)
+        ended = asyncio.Event()
 
-    async def _until_left(
-        self,
-        accepted: Accepted,
-        first: "asyncio.Future[Previewed | JobResult]",
-        events: "AsyncIterator[Previewed | JobResult]",
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Events as documents. If the reader leaves, the request is cancelled."""
-        finished = False
-        try:
+        async def documents() -> AsyncIterator[dict[str, Any]]:
             event: Previewed | JobResult | None = await first
             while event is not None:
-                finished = isinstance(event, JobResult)
+                if isinstance(event, JobResult):
+                    ended.set()
                 yield _document(event)
                 event = await anext(events, None)
-        finally:
-            if not finished:
+
+        def closed() -> None:
+            first.cancel()
+            if not ended.is_set():
                 self._abandon(accepted)
+
+        return sse.EventStream(documents(), headers, closed)
 
     async def _submit(self, request: Request, endpoint_id: str, *, previews: bool = False) -> Accepted:
         if request.method == "GET":

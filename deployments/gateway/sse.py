@@ -2,18 +2,36 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 PING_S = 15.0  # a comment after so long without an event keeps the connection open
 
 
-def stream(documents: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:
-    """An answer of one event a document. It closes with the last one."""
-    told = {**headers, "cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(_frames(documents), media_type="text/event-stream", headers=told)
+class EventStream(StreamingResponse):
+    """An answer of one event a document. It closes with the last one.
+
+    `closed` is called when the answer is over, however it ends, even before its first byte.
+    """
+
+    def __init__(
+        self,
+        documents: AsyncIterator[Mapping[str, Any]],
+        headers: Mapping[str, str],
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
+        told = {**headers, "cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(_frames(documents), media_type="text/event-stream", headers=told)
+        self._closed = closed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._closed()
 
 
 async def _frames(documents: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:

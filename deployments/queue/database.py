@@ -14,7 +14,8 @@ class Database(ABC):
     """Transactions, and a bell that rings when another process has committed one.
 
     An operation is a plain function of a connection. It may run more than once before its result
-    counts, so it must have no effect but on the connection.
+    counts, so it must have no effect but on the connection. Where the database itself
+    fails, StoreDown is raised.
     """
 
     @abstractmethod
@@ -35,6 +36,11 @@ class Database(ABC):
     @abstractmethod
     def wake(self) -> None:
         """Make `changed` return in this process, as if another had committed."""
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Whether writes still have a chance."""
 
     @abstractmethod
     async def close(self) -> None:

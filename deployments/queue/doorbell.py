@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import os
 import socket
+import stat
 import tempfile
 from pathlib import Path
 from uuid import uuid4
@@ -22,6 +23,9 @@ class Doorbell:
         # in the temporary folder: a socket's path must be shorter than about 107 characters
         self._folder = Path(tempfile.gettempdir()) / f"darkroom-{os.getuid()}-{digest}"
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        status = self._folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise PermissionError(f"{self._folder} must be a folder of this user's alone; remove it")
         self._path = self._folder / f"{uuid4().hex[:12]}.bell"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)

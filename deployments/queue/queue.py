@@ -63,6 +63,11 @@ class Queue:
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._feed: asyncio.Task[None] | None = None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the database can still be written."""
+        return self._database.is_alive
+
     async def close(self) -> None:
         if self._feed is not None:
             self._feed.cancel()
@@ -113,7 +118,7 @@ class Queue:
 
         Each snapshot has the events since the one before.
         """
-        if self._feed is None:
+        if self._feed is None or self._feed.done():
             # in a clean context: it outlives the request that first watched
             self._feed = asyncio.get_running_loop().create_task(
                 self._run_feed(), context=contextvars.Context()
@@ -192,21 +197,28 @@ class Queue:
 
     async def claim(self, model: str, owner: str, limit: int) -> list[Claim]:
         """Up to `limit` requests of a model, in order of priority and then of acceptance."""
-        now = self._clock()
 
         def operation(connection: Connection) -> list[Claim]:
+            now = self._clock()
             wanted = {"model": model, "now": now, "limit": limit}
             found = connection.execute(sql.CLAIMABLE, wanted).mappings().all()
             return [_take(connection, row, owner, now, now + self._lease.lease_s) for row in found]
 
         return await self._write(operation)
 
-    async def heartbeat(self, owner: str) -> frozenset[str]:
-        """Renew the leases of `owner`. Returns the request ids it still holds."""
-        until = self._clock() + self._lease.lease_s
+    async def heartbeat(self, claims: Sequence[Claim]) -> frozenset[str]:
+        """Renew the leases of these claims. Returns the request ids of those that still hold."""
 
         def operation(connection: Connection) -> frozenset[str]:
-            return frozenset(connection.scalars(sql.RENEW, {"owner": owner, "until": until}))
+            until = self._clock() + self._lease.lease_s  # now, not when the write began to wait
+            renewed = [
+                connection.scalar(
+                    sql.RENEW,
+                    {"of": claim.job.request_id, "fence_held": claim.fence, "until": until},
+                )
+                for claim in claims
+            ]
+            return frozenset(request_id for request_id in renewed if request_id is not None)
 
         return await self._write(operation)
 
@@ -324,18 +336,20 @@ class Queue:
 
     async def _run_feed(self) -> None:
         """Wake the watchers of the requests that changed: one read for all of them."""
-        last = await self._database.read(_newest)
-        changed = set(self._watchers)  # they may have read before the feed began
+        last: int | None = None
         while True:
+            try:
+                if last is None:  # whoever watches already may have read before
+                    last, changed = await self._database.read(_newest), set(self._watchers)
+                else:
+                    last, changed = await self._database.read(_changes_since(last))
+            except Exception:
+                logger.exception("the change feed could not be read")
+                changed = set(self._watchers)
             for request_id in changed:
                 for watcher in self._watchers.get(request_id, ()):
                     watcher.set()
             await self._database.changed(LOOK_AGAIN_S)
-            try:
-                last, changed = await self._database.read(_changes_since(last))
-            except Exception:
-                logger.exception("the change feed could not be read")
-                changed = set(self._watchers)
 
 
 def _find(connection: Connection, request_id: str, tenant: str) -> Record | None:

@@ -5,6 +5,7 @@ A sync costs milliseconds, so the operations that wait while one runs share the 
 """
 
 import asyncio
+import logging
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -14,10 +15,14 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import OperationalError
 
 from deployments.queue.database import Database, Operation
 from deployments.queue.doorbell import Doorbell
 from deployments.queue.tables import metadata
+from schemas.errors import StoreDown
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Pending = tuple[Operation[Any], Future[Any]]
@@ -42,14 +47,23 @@ class SqliteDatabase(Database):
             metadata.create_all(connection)
         self._writer.start()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._writer.is_alive()
+
     async def write(self, operation: Operation[T]) -> T:
+        if not self.is_alive:
+            raise StoreDown("The queue is closed.")
         done: Future[T] = Future()
         self._pending.put((operation, done))
         return await asyncio.wrap_future(done)
 
     async def read(self, operation: Operation[T]) -> T:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, self._read, operation)
+        try:
+            return await loop.run_in_executor(self._readers, self._read, operation)
+        except (OperationalError, OSError) as error:
+            raise _down(error) from error
 
     async def changed(self, timeout_s: float) -> None:
         await self._bell.wait(timeout_s)
@@ -99,14 +113,18 @@ class SqliteDatabase(Database):
                 results = [operation(connection) for operation, _ in group]
         except Exception as error:  # noqa: BLE001 - the top of the writer's loop; the caller gets it
             if len(group) == 1:
-                _settle(group[0][1], error=error)
+                is_down = isinstance(error, OperationalError | OSError)
+                _settle(group[0][1], error=_down(error) if is_down else error)
                 return
             for pending in group:
                 self._commit(connection, [pending])
             return
-        self._bell.ring()
         for (_, done), result in zip(group, results, strict=True):
             _settle(done, result)
+        try:
+            self._bell.ring()
+        except OSError:  # the others look by themselves after a moment
+            logger.warning("the other processes could not be told of a commit", exc_info=True)
 
 
 def _settle(done: "Future[Any]", result: Any = None, error: Exception | None = None) -> None:
@@ -116,6 +134,11 @@ def _settle(done: "Future[Any]", result: Any = None, error: Exception | None = N
         done.set_exception(error)
     else:
         done.set_result(result)
+
+
+def _down(error: Exception) -> StoreDown:
+    logger.error("the queue's database failed: %s", error)
+    return StoreDown("The queue cannot be reached at this moment; try again.")
 
 
 def _open(path: Path) -> Engine:

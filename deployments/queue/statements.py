@@ -52,7 +52,7 @@ CLAIMABLE = (
 
 RENEW = (
     update(requests)
-    .where(_running, requests.c.lease_owner == bindparam("owner"))
+    .where(requests.c.request_id == bindparam("of"), requests.c.fence == bindparam("fence_held"), _running)
     .values(lease_until=bindparam("until"))
     .returning(requests.c.request_id)
 )

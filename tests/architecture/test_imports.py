@@ -56,7 +56,7 @@ SEAMS = {
     "sqlite3": ("deployments.queue.sqlite",),
     "obstore": ("deployments.files",),
     "httpx": ("deployments.files", "deployments.remote", "deployments.server", "deployments.cli"),
-    "pipelines.registry": ("deployments.gateway", "deployments.worker"),
+    "pipelines.registry": ("deployments.gateway", "deployments.worker", "deployments.server"),
     "pipelines.zoo": ("pipelines.zoo", "deployments.worker"),
     # rooms never import rooms: they meet in app
     "deployments.gateway": ("deployments.gateway", "deployments.app", "deployments.cli"),

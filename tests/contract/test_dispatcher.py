@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from deployments.dispatcher import Dispatcher
 from deployments.queue import Queue
-from schemas.errors import InternalError, NotReady, WorkerLost
+from schemas.errors import InternalError, NotReady, StoreDown, WorkerLost
 from schemas.jobs import CancelOutcome, Job, JobResult, Logged, State
 from schemas.settings import Catalogue, LeaseSettings
 from tests.support.jobs import ENDPOINT, Clock, ScriptedModel, make_job
@@ -166,6 +167,50 @@ async def test_a_job_taken_over_by_another_is_let_go(
     await asyncio.wait_for(model.stopped.wait(), 10)
     assert await queue.finish(taken, JobResult.success({}, 0.0))
     await dispatcher.close()
+
+
+@pytest.mark.parametrize("verb", ["finish", "record", "release"])
+async def test_a_database_that_fails_for_a_while_costs_time_only(
+    queue: Queue,
+    dispatcher: Dispatcher,
+    model: ScriptedModel,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+) -> None:
+    works, failures = getattr(queue, verb), [StoreDown("disk full")] * 2
+
+    async def fails_at_first(*arguments: Any, **options: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        return bool(await works(*arguments, **options))
+
+    monkeypatch.setattr("deployments.dispatcher.IDLE_S", 0.01)
+    monkeypatch.setattr(queue, verb, fails_at_first)
+    model.failures = [WorkerLost("gone")] if verb == "release" else []
+    model.open.set()
+    job = make_job()
+    await queue.submit(job)
+    assert (await end_past_backoffs(queue, job, clock)).status == 200
+    assert not failures
+
+
+async def test_a_run_whose_lease_lapsed_unseen_is_stopped_when_the_job_is_claimed_again(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock
+) -> None:
+    job = make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(model.began.acquire(), 10)
+    clock.now += 31
+    await queue.sweep()
+    clock.now += 60
+    queue.wake()  # the dispatcher claims it anew
+    await asyncio.wait_for(model.began.acquire(), 10)
+    await asyncio.wait_for(model.stopped.wait(), 10)
+    assert model.running == 1
+    assert len(dispatcher._runs) == 1
+    model.open.set()
+    assert (await end(queue, job)).status == 200
 
 
 def replace_beats(lease: LeaseSettings) -> LeaseSettings:

@@ -139,12 +139,24 @@ async def test_a_lost_lease_puts_the_job_back_at_its_place(queue: Queue, clock: 
 async def test_a_heartbeat_keeps_the_lease(queue: Queue, clock: Clock) -> None:
     job = make_job()
     await queue.submit(job)
-    await only_claim(queue)
+    held = await only_claim(queue)
     for _ in range(5):
         clock.now += 20
-        assert await queue.heartbeat("one") == {job.request_id}
+        assert await queue.heartbeat([held]) == {job.request_id}
         assert await queue.sweep() == 0
-    assert await queue.heartbeat("another") == frozenset()
+    assert await queue.heartbeat([replace(held, fence=held.fence - 1)]) == frozenset()
+
+
+async def test_only_the_claims_that_are_named_are_renewed(queue: Queue, clock: Clock) -> None:
+    for _ in range(2):
+        await queue.submit(make_job())
+    kept, forgotten = await claim(queue)
+    clock.now += 20
+    await queue.heartbeat([kept])
+    clock.now += 20
+    assert await queue.sweep() == 1
+    assert not await queue.finish(forgotten, DONE)
+    assert await queue.finish(kept, DONE)
 
 
 async def test_writes_with_a_stale_fence_are_refused(queue: Queue, clock: Clock) -> None:

@@ -6,11 +6,15 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 
 from deployments.queue import open_queue
+from deployments.queue import queue as queue_module
 from deployments.queue.doorbell import Doorbell
 from deployments.queue.sqlite import SqliteDatabase
+from schemas.errors import StoreDown
 from schemas.jobs import State
 from schemas.settings import LeaseSettings
 from tests.support.jobs import make_job
@@ -82,6 +86,66 @@ async def test_the_bell_of_a_dead_process_is_cleared_away(tmp_path: Path) -> Non
     living.ring()
     assert not path.exists()
     living.close()
+
+
+async def test_a_bell_that_cannot_be_rung_stops_no_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = SqliteDatabase(tmp_path / "queue.sqlite3")
+
+    def no_more_files(self: Doorbell) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Doorbell, "ring", no_more_files)
+    for _ in range(2):
+        assert await asyncio.wait_for(database.write(pragmas), 10) == ["wal", 2]
+    assert database.is_alive
+    await database.close()
+
+
+async def test_a_closed_database_refuses_instead_of_hanging(tmp_path: Path) -> None:
+    database = SqliteDatabase(tmp_path / "queue.sqlite3")
+    await database.close()
+    with pytest.raises(StoreDown):
+        await asyncio.wait_for(database.write(pragmas), 10)
+
+
+async def test_a_failing_disk_is_a_store_that_is_down(tmp_path: Path) -> None:
+    database = SqliteDatabase(tmp_path / "queue.sqlite3")
+
+    def full(connection: Connection) -> None:
+        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    with pytest.raises(StoreDown):
+        await database.write(full)
+    with pytest.raises(StoreDown):
+        await database.read(full)
+    assert await database.write(pragmas) == ["wal", 2]
+    await database.close()
+
+
+async def test_watchers_outlive_a_feed_that_could_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = open_queue(f"sqlite:///{tmp_path}/queue.sqlite3", LeaseSettings())
+    job = make_job()
+    await queue.submit(job)
+    failures = [OSError("no more files")]
+    newest = queue_module._newest
+
+    def fails_at_first(connection: Connection) -> int:
+        if failures:
+            raise failures.pop()
+        return newest(connection)
+
+    monkeypatch.setattr(queue_module, "_newest", fails_at_first)
+    watcher = queue.watch(job.request_id, job.tenant)
+    await anext(watcher)
+    await queue.cancel(job.request_id, job.tenant)
+    last = await asyncio.wait_for(anext(watcher), 10)
+    assert last.record.state == State.COMPLETED
+    assert not failures
+    await queue.close()
 
 
 async def test_a_url_of_another_kind_is_refused_with_its_name(tmp_path: Path) -> None:
