@@ -17,6 +17,7 @@ from PIL.Image import Image as Picture
 
 from benchmarks.measure import Row, arguments, header, show
 from pipelines import zoo
+from pipelines.base import Assets
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.flux.flux_dev import Pipeline
@@ -56,7 +57,7 @@ class Ours:
         self._engine.start()
 
     def sample(self, request: Input) -> Sample:
-        [sample] = self._preparing.submit(self._pipeline.prepare, request, 0).result().samples
+        [sample] = self._preparing.submit(self._pipeline.prepare, request, Assets(), 0).result().samples
         listener = _Listener()
         self._engine.add(sample, listener)
         listener.done.wait()

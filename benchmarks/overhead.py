@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.measure import Row, arguments, cpu_s, header, percentile, serving, show, timed
 from pipelines import images, zoo
+from pipelines.base import Assets
 from pipelines.flux.flux_dev import Pipeline
 from pipelines.flux.model import FluxModel
 from schemas.endpoints.flux_dev import Input
@@ -41,7 +42,7 @@ def direct() -> Callable[[], None]:
     @torch.inference_mode()
     def call() -> None:
         request = Input.model_validate(REQUEST)
-        [sample] = pipeline.prepare(request, 0).samples
+        [sample] = pipeline.prepare(request, Assets(), 0).samples
         while not sample.is_done:
             [prediction] = pipeline.model.predict([sample])
             sample.accept(sample.plan.advance(sample.step, sample.latents, prediction))

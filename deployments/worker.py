@@ -12,7 +12,8 @@ import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import torch
 from PIL.Image import Image as Picture
 from pydantic import BaseModel
 
+from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
+from deployments.files.weights import Weights
 from pipelines import images, registry, zoo
-from pipelines.base import AnyPipeline, Generation, Model
+from pipelines.base import AnyPipeline, Assets, Generation, Model
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.safety import SafetyChecker
-from schemas.errors import DarkroomError, InternalError, NotFound
+from schemas.assets import AssetKind, AssetRef, assets
+from schemas.errors import AssetError, DarkroomError, FieldError, InputError, InternalError, NotFound
 from schemas.fields import EndpointInput, Image
 from schemas.jobs import Job, JobEvent, JobResult, Logged, Previewed, Update
 from schemas.settings import ModelSettings
@@ -46,6 +50,8 @@ class Worker:
         _bound_gpu_memory(settings)
         self._settings = settings
         self._files = files
+        self._fetcher = Fetcher(files, settings.fetch)
+        self._weights = Weights(self._fetcher, settings.weights, settings.fetch)
         self._pipelines, model = _load(settings)
         self._safety = _load_safety_checker(settings)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -113,12 +119,14 @@ class Worker:
         request = registry.endpoint(job.endpoint_id).input_type().model_validate(job.input)
         request.check(self._settings.limits)
         watch = _Stopwatch()
-        generation = await self._off_loop(
-            self._encoding, pipeline.prepare, request, secrets.randbelow(RANDOM_SEEDS)
-        )
-        watch.lap("encode")
-        await self._denoise(job, pipeline, request, generation, emit)
-        watch.lap("denoise")
+        async with AsyncExitStack() as stack:
+            fetched = await self._fetch(job, request, stack, emit)
+            watch.lap("fetch")
+            generation = await self._prepare(pipeline, request, fetched)
+            stack.enter_context(generation.resources)
+            watch.lap("encode")
+            await self._denoise(job, pipeline, request, generation, emit)
+            watch.lap("denoise")
         pictures, flags = await self._off_loop(self._decoding, self._finish, pipeline, generation)
         stored = [await self._store(job, generation, picture) for picture in pictures]
         watch.lap("decode")
@@ -127,6 +135,46 @@ class Worker:
         timings = watch.timings()
         output = pipeline.answer(request, stored, generation.seed, flags, timings)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
+
+    async def _fetch(
+        self, job: Job, request: EndpointInput, stack: AsyncExitStack, emit: Callable[[JobEvent], None]
+    ) -> Assets:
+        """Get every file that the request names, all at once; `stack` keeps them from eviction.
+
+        Raises InputError that names each field whose file cannot be had.
+        """
+        pictures: dict[str, Picture] = {}
+        weights: dict[str, Path] = {}
+
+        async def fetch(ref: AssetRef) -> tuple[FieldError, ...]:
+            try:
+                if ref.kind is AssetKind.IMAGE:
+                    data = await self._fetcher.image(ref.source, job.base_url)
+                    pictures[ref.source] = await self._off_loop(self._encoding, images.decode, data)
+                else:
+                    lease = await self._weights.locate(
+                        ref.source, job.base_url, lambda line: emit(Logged(line))
+                    )
+                    weights[ref.source] = stack.enter_context(lease)
+            except AssetError as error:
+                return error.at(ref.loc).fields
+            return ()
+
+        once = {(ref.kind, ref.source): ref for ref in reversed(list(assets(request)))}
+        outcomes = await asyncio.gather(*(fetch(ref) for ref in once.values()))
+        if faults := [fault for outcome in outcomes for fault in outcome]:
+            raise InputError(faults)
+        return Assets(pictures, weights)
+
+    async def _prepare(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> Generation:
+        """Off the loop. What a cancelled request would have held is given back when it is ready."""
+        seed = secrets.randbelow(RANDOM_SEEDS)
+        preparing = self._encoding.submit(pipeline.prepare, request, fetched, seed)
+        try:
+            return await asyncio.wrap_future(preparing)
+        except asyncio.CancelledError:
+            preparing.add_done_callback(_give_back)
+            raise
 
     async def _denoise(
         self,
@@ -195,6 +243,12 @@ class Worker:
     @staticmethod
     async def _off_loop(pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+
+
+def _give_back(preparing: "Future[Generation]") -> None:
+    """Close what a generation holds that nobody will run."""
+    if not preparing.cancelled() and preparing.exception() is None:
+        preparing.result().resources.close()
 
 
 class _Outbox:

@@ -25,8 +25,7 @@ from rich.table import Table
 
 from pipelines import zoo
 
-ENDPOINT = "fal-ai/flux/dev"
-REQUEST = {"prompt": "a lighthouse on a cliff at dawn", "seed": 7}
+DRAW, REMAKE = "fal-ai/flux/dev", "fal-ai/flux-lora/image-to-image"
 OUT = Path("out")
 
 console = Console()
@@ -48,8 +47,10 @@ def main() -> None:
             zoo.locate(name, report=status.update)
     with serving() as url:
         point_at(url)
-        rows = [make_picture(ENDPOINT, REQUEST)]
-        console.print(table(rows))
+        drawn = make_picture(DRAW, {"prompt": "a lighthouse on a cliff at dawn", "seed": 7})
+        start = drawn["images"][0]["url"]
+        remade = make_picture(REMAKE, {"prompt": "the same by night", "seed": 7, "image_url": start})
+        console.print(table([drawn["row"], remade["row"]]))
         console.print(addresses(url), highlight=False, soft_wrap=True)
         if stay:
             console.print("Ctrl-C stops the server.")
@@ -88,7 +89,7 @@ def wait_until_ready(process: "subprocess.Popen[str]") -> str:
 
 
 def make_picture(endpoint: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Submit, follow, fetch: the queue position, then step k of n."""
+    """Submit, follow, fetch: the queue position, then step k of n. The output, with a row to show."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     submitted = time.monotonic()
     started = submitted
@@ -109,13 +110,14 @@ def make_picture(endpoint: str, request: dict[str, Any]) -> dict[str, Any]:
             show(update)
         output = handle.get()
     picture = output["images"][0]
-    return {
+    row = {
         "endpoint": endpoint,
         "request id": handle.request_id,
         "s queued": f"{started - submitted:.2f}",
         "s inference": f"{output['timings']['inference']:.2f}",
         "file": str(save(picture["url"], endpoint)),
     }
+    return {**output, "row": row}
 
 
 def save(url: str, endpoint: str) -> Path:

@@ -7,8 +7,9 @@ and nothing here knows of Ray, HTTP or a database.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -42,6 +43,14 @@ class Model(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Assets:
+    """The files that a request names, fetched and checked, by what the request calls them."""
+
+    images: Mapping[str, Picture] = field(default_factory=dict)  # RGB, upright
+    weights: Mapping[str, Path] = field(default_factory=dict)  # safetensors, named by their content
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """A request ready to run: its samples, and what becomes of their pictures."""
 
@@ -50,6 +59,7 @@ class Generation:
     format: Format
     check_safety: bool
     inline: bool  # pictures go into the answer as data URIs
+    resources: ExitStack = field(default_factory=ExitStack)  # what it holds; closed after the last use
 
 
 class Pipeline(ABC, Generic[InputT, ModelT]):
@@ -61,11 +71,12 @@ class Pipeline(ABC, Generic[InputT, ModelT]):
         self.model = model
 
     @abstractmethod
-    def prepare(self, request: InputT, seed: int) -> Generation:
+    def prepare(self, request: InputT, assets: Assets, seed: int) -> Generation:
         """Encode the texts and images of a request and draw its noise.
 
-        `seed` stands in where the request has none. Raises InputError for what only the model can
-        tell. Changes nothing shared.
+        `assets` has the files that the request names; `seed` stands in where it has none. Raises
+        InputError for what only the model can tell. May wait for room for its adapters, which the
+        generation's `resources` then hold.
         """
 
     @abstractmethod

@@ -33,7 +33,10 @@ class Endpoint:
         return import_module(f"pipelines.{self.family}.{self.stem}")
 
 
-_TABLE = (Endpoint("fal-ai/flux/dev", "flux", "flux_dev"),)
+_TABLE = (
+    Endpoint("fal-ai/flux/dev", "flux", "flux_dev"),
+    Endpoint("fal-ai/flux-lora/image-to-image", "flux", "flux_lora_image_to_image"),
+)
 
 ENDPOINTS: Mapping[str, Endpoint] = {endpoint.id: endpoint for endpoint in _TABLE}
 assert len(ENDPOINTS) == len(_TABLE), "two endpoints share an id"

@@ -4,6 +4,7 @@
     ├── RequestFailed           how another process's request ended, status and all
     ├── RequestError            the caller's: 4xx
     │   ├── InputError          422, a list of fields and what to change
+    │   ├── AssetError          422, before the field that named the file is known
     │   ├── BadRequest          400
     │   ├── NotAuthenticated    401
     │   ├── NotFound            404
@@ -92,6 +93,22 @@ class InputError(RequestError):
 
     def body(self) -> dict[str, Any]:
         return {"detail": [each.body() for each in self.fields], "message": self.message}
+
+
+class AssetError(RequestError):
+    """A file that a request names cannot be used. Whoever knows the field turns it into InputError."""
+
+    status = 422
+
+    def __init__(self, message: str, kind: str, ctx: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.args = (message, kind, ctx)
+        self.kind = kind  # fal's word: file_download_error, image_load_error, file_too_large …
+        self.ctx = ctx or {}
+
+    def at(self, loc: Location) -> InputError:
+        """The same error with the field that named the file."""
+        return InputError([FieldError(loc, self.message, self.kind, self.ctx)])
 
 
 class BadRequest(RequestError):

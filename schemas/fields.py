@@ -6,10 +6,25 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from schemas.assets import AssetKind
 from schemas.errors import FieldError, InputError
 from schemas.settings import Limits
 
 Prompt = Annotated[str, Field(max_length=32_768)]
+ImageUrl = Annotated[
+    str,
+    AssetKind.IMAGE,
+    Field(min_length=1, description="An http or https URL, a data URI, or a file of this server."),
+]
+WeightsPath = Annotated[
+    str,
+    AssetKind.WEIGHTS,
+    Field(
+        min_length=1,
+        max_length=4096,
+        description="A URL, a Hugging Face repository with or without a file, or a name of this server.",
+    ),
+]
 # torch takes any 64-bit seed; the sign is kept, so that the seed in the answer is the one sent.
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -96,6 +111,15 @@ class EndpointInput(BaseModel):
 
     def check(self, limits: Limits) -> None:
         """Raise InputError for what the schema allows and this server does not make."""
+
+
+class LoraWeight(BaseModel):
+    """One LoRA and how strongly it acts: 0 is off, 1 as it was trained."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    path: WeightsPath
+    scale: float = Field(1, ge=0, le=4)
 
 
 class Image(BaseModel):

@@ -55,6 +55,7 @@ class FrontSettings(Settings):
         "or blanks; authentication is off when it is empty",
     )
     max_body_bytes: int = Field(100 * 2**20, gt=0)
+    max_image_bytes: int = Field(50 * 2**20, gt=0, description="of a picture sent as a data URI")
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     gateway_replicas: int = Field(1, ge=1)
@@ -89,6 +90,33 @@ class Catalogue(Settings):
         return {endpoint_id: model for model, entry in self.models.items() for endpoint_id in entry.endpoints}
 
 
+class FetchSettings(Settings):
+    """What a URL in a request may reach, and how much it may cost."""
+
+    allowed_networks: tuple[str, ...] = Field(
+        (), description="CIDR ranges that may be reached besides the public internet, such as 10.0.0.0/8"
+    )
+    allowed_ports: tuple[int, ...] = Field((80, 443), description="none: any port")
+    max_redirects: int = Field(3, ge=0)
+    connect_timeout_s: float = Field(10, gt=0)
+    image_timeout_s: float = Field(60, gt=0, description="a whole image")
+    weights_timeout_s: float = Field(1800, gt=0, description="a whole weights file")
+    max_image_bytes: int = Field(50 * 2**20, gt=0)
+    max_weights_bytes: int = Field(4 * 2**30, gt=0)
+
+
+class WeightSettings(Settings):
+    """Where adapter weights named in requests come from, and where they are kept."""
+
+    cache: str = Field("file://~/.cache/darkroom/weights", description="a folder on a local disk")
+    cache_bytes: int = Field(50 * 2**30, gt=0, description="files unused for longest go first")
+    hub: bool = Field(True, description="whether a request may name a Hugging Face repository")
+    hub_url: str = "https://huggingface.co"
+    names: dict[str, str] = Field(
+        default_factory=dict, description="server-local names: name → file, URL or Hub id"
+    )
+
+
 class ModelSettings(Settings):
     """The `args` of a model application: one resident base model and the endpoints it serves."""
 
@@ -103,8 +131,12 @@ class ModelSettings(Settings):
     batch_tokens: int = Field(
         16_384, gt=0, description="image tokens that one forward may hold; 1024 × 1024 has 4096"
     )
+    lora_rank: int = Field(128, ge=0, description="total rank of the LoRAs resident beside the model")
+    lora_ram_bytes: int = Field(4 * 2**30, ge=0, description="LoRA files kept in RAM")
     cpu_threads: int | None = Field(None, ge=1, description="torch threads; null: all cores")
     limits: Limits = Limits()
+    fetch: FetchSettings = FetchSettings()
+    weights: WeightSettings = WeightSettings()
     files_url: str = FrontSettings.model_fields["files_url"].default
     num_gpus: float = Field(0, ge=0, description="GPUs of a replica; a fraction shares one")
     num_cpus: float = Field(1, ge=0)

@@ -21,7 +21,7 @@ class StoredFile:
     chunks: AsyncIterator[bytes]
 
 
-_EXTENSIONS = {"image/jpeg": "jpg", "image/png": "png"}
+_EXTENSIONS = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp"}
 _TYPES = {extension: kind for kind, extension in _EXTENSIONS.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from deployments.files.store import FileStore
-from deployments.gateway import validation
+from deployments.gateway import inline, validation
 from deployments.gateway.addresses import application, belongs
 from deployments.gateway.keys import ANYONE
 from deployments.queue import Queue
@@ -114,11 +114,15 @@ class Gateway:
         request = validation.validate(kind, fields, self.settings.limits)
         ignored = tuple(validation.ignored(kind, fields))
         wishes = wishes or Wishes()
+        document = request.model_dump(mode="json", exclude_none=True)
+        if caller.base_url:
+            limit = self.settings.max_image_bytes
+            document = await inline.stored(request, document, self.files, caller.base_url, limit)
         job = Job(
             request_id=str(uuid4()),
             endpoint_id=endpoint_id,
             model=model,
-            input=request.model_dump(mode="json", exclude_none=True),
+            input=document,
             tenant=caller.tenant,
             base_url=caller.base_url,
             priority=wishes.priority,

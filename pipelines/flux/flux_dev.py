@@ -1,6 +1,6 @@
 """`fal-ai/flux/dev` on FLUX: text to image."""
 
-from pipelines.base import Generation
+from pipelines.base import Assets, Generation
 from pipelines.engine.sample import Sample
 from pipelines.flux.pipeline import FluxPipeline
 from pipelines.flux.plan import FluxPlan
@@ -12,7 +12,7 @@ from schemas.fields import Image, resolve
 class Pipeline(FluxPipeline[Input]):
     """Noise from the seed, denoised under the prompt."""
 
-    def prepare(self, request: Input, seed: int) -> Generation:
+    def prepare(self, request: Input, assets: Assets, seed: int) -> Generation:
         seed = seed if request.seed is None else request.seed
         size = resolve(request.image_size)
         grid = Grid.of(size.width, size.height)

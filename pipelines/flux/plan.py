@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipelines.adapters.bank import LoraUse
 from pipelines.engine.sample import Advanced, Plan
 from pipelines.flux.sampling import Grid, denoised, euler
 
@@ -18,15 +19,24 @@ class Conditioning:
 
 
 class FluxPlan(Plan):
-    """Euler steps along `sigmas` (steps + 1 of them, the last one 0) under one conditioning."""
+    """Euler steps along `sigmas` (steps + 1 of them, the last one 0) under one conditioning.
+
+    `loras` are adapters that the model's bank holds until the sample is done.
+    """
 
     def __init__(
-        self, grid: Grid, conditioning: Conditioning, sigmas: tuple[float, ...], guidance: float
+        self,
+        grid: Grid,
+        conditioning: Conditioning,
+        sigmas: tuple[float, ...],
+        guidance: float,
+        loras: tuple[LoraUse, ...] = (),
     ) -> None:
         self.grid = grid
         self.conditioning = conditioning
         self.sigmas = sigmas
         self.guidance = guidance
+        self.loras = loras
         self.steps = len(sigmas) - 1
         self.cost = grid.tokens
         self.key: Hashable = (grid, len(conditioning.tokens))

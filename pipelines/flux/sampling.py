@@ -27,6 +27,12 @@ class Grid:
         """The largest grid inside width × height pixels, at least one token each way."""
         return cls(max(1, height // PIXELS_PER_TOKEN), max(1, width // PIXELS_PER_TOKEN))
 
+    @classmethod
+    def within(cls, width: int, height: int, max_pixels: int) -> "Grid":
+        """As `of`, shrunk in proportion where that is more than `max_pixels`."""
+        shrink = min(1.0, math.sqrt(max_pixels / (width * height)))
+        return cls.of(int(width * shrink), int(height * shrink))
+
     @property
     def tokens(self) -> int:
         return self.rows * self.columns
@@ -106,6 +112,17 @@ def schedule(steps: int, mu: float | None) -> tuple[float, ...]:
 def euler(latents: Tensor, velocity: Tensor, sigma: float, following: float) -> Tensor:
     """One Euler step of the probability flow from `sigma` to `following`."""
     return latents + (following - sigma) * velocity
+
+
+def noised(picture: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """The state at `sigma` on the straight path from a picture to noise."""
+    return (1 - sigma) * picture + sigma * noise
+
+
+def remaining(sigmas: tuple[float, ...], strength: float) -> tuple[float, ...]:
+    """The end of a schedule that `strength` (0 … 1] leaves: at least one step, all of them at 1."""
+    steps = len(sigmas) - 1
+    return sigmas[int(steps - steps * strength) :]
 
 
 def denoised(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 ENDPOINT = "fal-ai/flux/dev"
+REMAKE = "fal-ai/flux-lora/image-to-image"
 APP = "fal-ai/flux"  # what request URLs are made of
 
 ALICE = "alice:s3cret"

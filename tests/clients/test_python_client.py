@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, SIZE, SMALL, WATCHED, steps
+from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, REMAKE, SIZE, SMALL, WATCHED, steps
 from tests.support.server import Server
 
 Connect = Callable[[str], Any]
@@ -270,3 +270,22 @@ async def test_a_finished_request_is_unknown_under_another_application(fal: Any)
     with pytest.raises(fal_client.FalClientHTTPError) as caught:
         await settled(fal.status("fal-ai/sdxl", handle.request_id))
     assert caught.value.status_code == 404
+
+
+async def test_a_picture_is_remade_from_a_data_uri_and_from_the_servers_own_file(fal: Any) -> None:
+    start = Image.linear_gradient("L").resize((80, 48)).convert("RGB")
+    fields = {"prompt": "a lighthouse", "num_inference_steps": 3, "seed": 7, "strength": 0.5}
+    uri = fal_client.encode_image(start, "png")
+    made = await settled(fal.subscribe(REMAKE, arguments=fields | {"image_url": uri}))
+    assert (made["images"][0]["width"], made["images"][0]["height"]) == (80, 48)
+    again = await settled(fal.run(REMAKE, arguments=fields | {"image_url": made["images"][0]["url"]}))
+    assert (again["images"][0]["width"], again["images"][0]["height"]) == (80, 48)
+    assert again["seed"] == 7
+
+
+async def test_a_start_picture_inside_the_network_is_refused_by_its_field(fal: Any) -> None:
+    fields = {"prompt": "x", "image_url": "http://169.254.169.254/latest/meta-data"}
+    with pytest.raises(fal_client.FalClientHTTPError) as raised:
+        await settled(fal.subscribe(REMAKE, arguments=fields))
+    assert raised.value.status_code == 422
+    assert raised.value.response.json()["detail"][0]["loc"] == ["body", "image_url"]

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from safetensors.torch import save_file
 
 from deployments.files.store import FileStore, open_files
 from deployments.worker import Worker
@@ -18,7 +21,7 @@ from pipelines import zoo
 from schemas.endpoints.flux_dev import Input, Output
 from schemas.errors import RequestFailed
 from schemas.jobs import Job, JobResult, Logged, Previewed, Update
-from schemas.settings import Limits, ModelSettings
+from schemas.settings import Limits, ModelSettings, WeightSettings
 from tests.support.jobs import ENDPOINT, make_job
 
 FIELDS = {"prompt": "x", "image_size": {"width": 64, "height": 48}, "num_inference_steps": 2, "seed": 5}
@@ -221,6 +224,86 @@ async def test_a_direct_call_is_typed_and_raises(make_worker: Make) -> None:
     with pytest.raises(RequestFailed) as raised:
         await worker.run("fal-ai/other", Input.model_validate(FIELDS))
     assert raised.value.status == 404
+
+
+REMAKE = "fal-ai/flux-lora/image-to-image"
+
+
+def data_uri(size: tuple[int, int]) -> str:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@pytest.fixture
+def lora_file(flux_folder: Path, tmp_path: Path) -> Path:
+    transformer = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer")
+    target = "transformer_blocks.0.attn.to_q"
+    rows, columns = transformer.get_submodule(target).weight.shape
+    tensors = {
+        f"transformer.{target}.lora_A.weight": torch.ones(2, columns),
+        f"transformer.{target}.lora_B.weight": torch.ones(rows, 2),
+    }
+    save_file(tensors, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+@pytest.fixture
+def remake(make_worker: Make, lora_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Run flux-lora/image-to-image on a worker that knows a LoRA by the name `style`."""
+    weights = WeightSettings(cache=f"file://{tmp_path}/weights", names={"style": str(lora_file)})
+    worker = make_worker(endpoints=(ENDPOINT, REMAKE), weights=weights)
+
+    async def run(**fields: Any) -> JobResult:
+        known = {"prompt": "x", "num_inference_steps": 2, "seed": 5, "image_url": data_uri((64, 48))}
+        job = make_job(endpoint_id=REMAKE, input=known | {"sync_mode": True} | fields)
+        *_, last = await updates(worker, job)
+        assert last.result is not None
+        assert worker._pipelines[REMAKE].model._bank.pins == 0
+        return last.result
+
+    return run
+
+
+async def test_a_start_picture_is_remade_in_its_own_size_and_in_the_format_asked_for(
+    remake: Callable[..., Any],
+) -> None:
+    output = (await remake(output_format="png")).output()
+    with picture(output["images"][0]["url"]) as image:
+        assert (image.format, image.size) == ("PNG", (64, 48))
+
+
+async def test_a_lora_named_in_the_request_changes_the_picture(remake: Callable[..., Any]) -> None:
+    plain, styled = [
+        (await remake(loras=loras)).output()["images"] for loras in ([], [{"path": "style", "scale": 2}])
+    ]
+    assert plain != styled
+
+
+async def test_every_file_that_cannot_be_had_is_named_at_once(remake: Callable[..., Any]) -> None:
+    refused = await remake(
+        image_url="http://127.0.0.1/cat.png", loras=[{"path": "style"}, {"path": "../etc/passwd"}]
+    )
+    assert (refused.status, refused.error_type) == (422, "validation_error")
+    found = {tuple(fault["loc"]) for fault in refused.body["detail"]}
+    assert found == {("body", "image_url"), ("body", "loras", 1, "path")}
+
+
+@pytest.mark.parametrize(
+    ("image_url", "kind"),
+    [
+        ("data:image/png;base64,AAAA", "unsupported_image_format"),
+        ("data:text/html,<b>no</b>", "unsupported_image_format"),
+        (data_uri((64, 48))[:-40], "image_load_error"),  # cut short
+        ("data:image/png;base64,!", "file_download_error"),
+    ],
+)
+async def test_a_picture_that_is_none_is_refused_with_fals_word_for_it(
+    remake: Callable[..., Any], image_url: str, kind: str
+) -> None:
+    refused = await remake(image_url=image_url)
+    [fault] = refused.body["detail"]
+    assert (fault["loc"], fault["type"]) == (["body", "image_url"], kind)
 
 
 def test_one_model_serves_one_family_and_only_known_endpoints(make_worker: Make) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.base import Assets
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.flux.flux_dev import Pipeline
@@ -58,7 +59,7 @@ def test_it_matches_stock_diffusers_on_the_same_latents(
     stock: Any, flux_dev: Pipeline, denoise: Denoise, fields: dict[str, Any]
 ) -> None:
     wish = request(**fields)
-    samples = flux_dev.prepare(wish, 0).samples
+    samples = flux_dev.prepare(wish, Assets(), 0).samples
     theirs = run_stock(stock, wish, latents=samples[0].latents[None], output_type="latent")
     ours = latents(denoise(list(samples)))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -68,7 +69,7 @@ def test_the_same_seed_gives_the_picture_that_diffusers_gives(
     stock: Any, flux_dev: Pipeline, denoise: Denoise
 ) -> None:
     wish = request()
-    [sample] = denoise(list(flux_dev.prepare(wish, 0).samples))
+    [sample] = denoise(list(flux_dev.prepare(wish, Assets(), 0).samples))
     ours = np.asarray(flux_dev.finish(sample)).astype(int)
     [theirs] = run_stock(stock, wish, generator=torch.Generator("cpu").manual_seed(7))
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1
@@ -80,8 +81,8 @@ def test_packing_is_that_of_diffusers(stock: Any) -> None:
 
 
 def test_image_i_of_n_is_the_single_image_of_seed_plus_i(flux_dev: Pipeline, denoise: Denoise) -> None:
-    three = denoise(list(flux_dev.prepare(request(num_images=3), 0).samples))
-    singles = [denoise(list(flux_dev.prepare(request(seed=7 + i), 0).samples))[0] for i in range(3)]
+    three = denoise(list(flux_dev.prepare(request(num_images=3), Assets(), 0).samples))
+    singles = [denoise(list(flux_dev.prepare(request(seed=7 + i), Assets(), 0).samples))[0] for i in range(3)]
     torch.testing.assert_close(latents(three), latents(singles), atol=1e-5, rtol=0)
 
 
@@ -93,8 +94,8 @@ def test_a_batch_of_different_requests_equals_their_separate_runs(
         request(prompt="a blue circle", guidance_scale=9.0, num_inference_steps=6),
         request(seed=1, num_inference_steps=2),
     ]
-    together = denoise([flux_dev.prepare(wish, 0).samples[0] for wish in wishes])
-    alone = [denoise(list(flux_dev.prepare(wish, 0).samples))[0] for wish in wishes]
+    together = denoise([flux_dev.prepare(wish, Assets(), 0).samples[0] for wish in wishes])
+    alone = [denoise(list(flux_dev.prepare(wish, Assets(), 0).samples))[0] for wish in wishes]
     torch.testing.assert_close(latents(together), latents(alone), atol=1e-5, rtol=0)
 
 
@@ -102,20 +103,20 @@ def test_a_sample_that_joins_midway_ends_as_it_does_alone(
     flux: FluxModel, flux_dev: Pipeline, denoise: Denoise
 ) -> None:
     engine = Engine(flux.predict, budget=1 << 20)
-    [first] = flux_dev.prepare(request(), 0).samples
-    [late] = flux_dev.prepare(request(prompt="late", seed=2), 0).samples
+    [first] = flux_dev.prepare(request(), Assets(), 0).samples
+    [late] = flux_dev.prepare(request(prompt="late", seed=2), Assets(), 0).samples
     engine.add(first, Ears())
     turn(engine)
     turn(engine)
     engine.add(late, Ears())
     while len(engine):
         turn(engine)
-    [alone] = denoise(list(flux_dev.prepare(request(prompt="late", seed=2), 0).samples))
+    [alone] = denoise(list(flux_dev.prepare(request(prompt="late", seed=2), Assets(), 0).samples))
     torch.testing.assert_close(late.latents, alone.latents, atol=1e-5, rtol=0)
 
 
 def test_the_same_request_alone_gives_the_same_bytes(flux_dev: Pipeline, denoise: Denoise) -> None:
-    runs = [denoise(list(flux_dev.prepare(request(), 0).samples)) for _ in range(2)]
+    runs = [denoise(list(flux_dev.prepare(request(), Assets(), 0).samples)) for _ in range(2)]
     assert torch.equal(latents(runs[0]), latents(runs[1]))
 
 
@@ -127,14 +128,14 @@ def test_every_sampling_field_changes_the_picture(
     flux_dev: Pipeline, denoise: Denoise, change: dict[str, Any]
 ) -> None:
     plain, changed = (
-        denoise(list(flux_dev.prepare(wish, 0).samples)) for wish in (request(), request(**change))
+        denoise(list(flux_dev.prepare(wish, Assets(), 0).samples)) for wish in (request(), request(**change))
     )
     assert not torch.allclose(latents(plain), latents(changed), atol=1e-3)
 
 
 @pytest.mark.parametrize("preset", list(ImageSizePreset))
 def test_presets_give_their_size(flux_dev: Pipeline, preset: ImageSizePreset) -> None:
-    [sample] = flux_dev.prepare(request(image_size=preset), 0).samples
+    [sample] = flux_dev.prepare(request(image_size=preset), Assets(), 0).samples
     assert sample.plan.cost == PRESETS[preset].width * PRESETS[preset].height // 256
 
 
@@ -151,18 +152,18 @@ def test_sizes_round_down_to_sixteen_and_the_picture_has_them(
     flux_dev: Pipeline, denoise: Denoise, asked: tuple[int, int], made: tuple[int, int]
 ) -> None:
     size = {"width": asked[0], "height": asked[1]}
-    [sample] = denoise(list(flux_dev.prepare(request(image_size=size), 0).samples))
+    [sample] = denoise(list(flux_dev.prepare(request(image_size=size), Assets(), 0).samples))
     assert flux_dev.finish(sample).size == made
 
 
 def test_a_seed_of_zero_is_a_seed_and_none_is_drawn(flux_dev: Pipeline) -> None:
-    assert flux_dev.prepare(request(seed=0), 99).seed == 0
-    assert flux_dev.prepare(request(seed=None), 99).seed == 99
+    assert flux_dev.prepare(request(seed=0), Assets(), 99).seed == 0
+    assert flux_dev.prepare(request(seed=None), Assets(), 99).seed == 99
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
 def test_the_whole_range_of_seeds_works(flux_dev: Pipeline, seed: int) -> None:
-    assert len(flux_dev.prepare(request(seed=seed, num_images=4), 0).samples) == 4
+    assert len(flux_dev.prepare(request(seed=seed, num_images=4), Assets(), 0).samples) == 4
 
 
 def test_noise_does_not_depend_on_the_global_generator() -> None:
@@ -174,7 +175,7 @@ def test_noise_does_not_depend_on_the_global_generator() -> None:
 
 def test_a_preview_is_small_and_comes_after_one_step(flux: FluxModel, flux_dev: Pipeline) -> None:
     engine = Engine(flux.predict, budget=1 << 20)
-    [sample] = flux_dev.prepare(request(image_size={"width": 1024, "height": 512}), 0).samples
+    [sample] = flux_dev.prepare(request(image_size={"width": 1024, "height": 512}), Assets(), 0).samples
     engine.add(sample, Ears())
     turn(engine)
     assert flux_dev.preview(sample).size == (256, 128)
@@ -183,7 +184,7 @@ def test_a_preview_is_small_and_comes_after_one_step(flux: FluxModel, flux_dev: 
 def test_overflowed_numbers_fail_the_sample_instead_of_making_a_black_picture(
     flux_dev: Pipeline, denoise: Denoise
 ) -> None:
-    [sample] = denoise(list(flux_dev.prepare(request(), 0).samples))
+    [sample] = denoise(list(flux_dev.prepare(request(), Assets(), 0).samples))
     sample.latents = replace(sample).latents.clone()
     sample.latents[0, 0] = float("nan")
     with pytest.raises(InternalError, match="overflow"):

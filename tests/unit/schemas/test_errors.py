@@ -6,17 +6,26 @@ import pickle
 import pytest
 
 from schemas import errors
-from schemas.errors import Cancelled, DarkroomError, FieldError, InputError, RequestFailed, StartTimeout
+from schemas.errors import (
+    AssetError,
+    Cancelled,
+    DarkroomError,
+    FieldError,
+    InputError,
+    RequestFailed,
+    StartTimeout,
+)
 from schemas.jobs import JobResult
 
 KINDS = [
     kind
     for _, kind in inspect.getmembers(errors, inspect.isclass)
-    if issubclass(kind, DarkroomError) and kind not in (InputError, RequestFailed)
+    if issubclass(kind, DarkroomError) and kind not in (AssetError, InputError, RequestFailed)
 ]
 SAMPLES: list[DarkroomError] = [
     *(kind() if kind in (Cancelled, StartTimeout) else kind("a message") for kind in KINDS),
     InputError([FieldError(("body", "a", 0), "too big", "less_than", {"lt": 3}, 5)]),
+    AssetError("too large", "file_too_large", {"max_size": 5}),
     RequestFailed("broken", 500, "internal_error", {"detail": "broken"}),
 ]
 

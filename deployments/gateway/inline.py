@@ -1,0 +1,58 @@
+"""Pictures inside a request's own text go to the file store, so that the queue keeps only their URLs."""
+
+import asyncio
+from typing import Any
+
+from deployments.files.fetch import decode_data_uri
+from deployments.files.store import FileStore
+from schemas.assets import AssetKind, AssetRef, assets
+from schemas.errors import AssetError, FieldError, InputError
+from schemas.fields import EndpointInput
+
+KEEP_CHARACTERS = 4096  # shorter ones are no burden
+
+_MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
+
+
+async def stored(
+    request: EndpointInput, document: dict[str, Any], files: FileStore, base_url: str, max_bytes: int
+) -> dict[str, Any]:
+    """The request's JSON with URLs below `base_url` where long data URIs of pictures stood.
+
+    Raises InputError for what is no picture that the workers read.
+    """
+    faults: list[FieldError] = []
+    for ref in assets(request):
+        if ref.kind is AssetKind.IMAGE and _is_long(ref):
+            try:
+                data = await asyncio.to_thread(decode_data_uri, ref.source, max_bytes)
+                key = await files.save(data, _content_type(data))
+                _replace(document, ref, files.url(key, base_url))
+            except AssetError as error:
+                faults += error.at(ref.loc).fields
+    if faults:
+        raise InputError(faults)
+    return document
+
+
+def _is_long(ref: AssetRef) -> bool:
+    return ref.source[:5].lower() == "data:" and len(ref.source) > KEEP_CHARACTERS
+
+
+def _content_type(data: bytes) -> str:
+    """By the first bytes, never by what the caller says."""
+    for magic, kind in _MAGIC.items():
+        if data.startswith(magic):
+            return kind
+    formats = ["png", "jpeg", "webp"]
+    message = "The file is not a picture that this server reads; send PNG, JPEG or WebP."
+    raise AssetError(message, "unsupported_image_format", {"supported_formats": formats})
+
+
+def _replace(document: dict[str, Any], ref: AssetRef, url: str) -> None:
+    """Put `url` where the request named the file. `loc` begins with "body"."""
+    *path, last = ref.loc[1:]
+    place: Any = document
+    for part in path:
+        place = place[part]
+    place[last] = url

@@ -1,0 +1,204 @@
+"""LoRA weights beside the base weights, never fused into them.
+
+Each layer that an adapter targets gets two buffers of a fixed total rank; an adapter is copied into a
+range of ranks, and a forward adds, for each of its rows, the ranges that the row uses:
+
+    y[row] += up · (scale[row] ⊙ (down · x[row]))
+
+so rows of one batch carry different adapters, any number each, and the base stays as it was loaded.
+The idea of batching adapters this way is that of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Condition
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.adapters.lora import Lora, LoraLayer
+from schemas.errors import AssetError
+
+
+@dataclass(frozen=True, slots=True)
+class LoraUse:
+    """One adapter in one row: the content hash of its file, and its scale."""
+
+    name: str
+    scale: float
+
+
+@dataclass(slots=True)
+class _Resident:
+    """An adapter's place: ranks [start, stop) of every layer's buffers."""
+
+    start: int
+    stop: int
+    pins: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Active:
+    """What the forward under way adds: ranks [start, stop) scaled by [rows, stop - start]."""
+
+    start: int
+    stop: int
+    scales: Tensor
+
+
+class _Layer:
+    """The buffers of one nn.Linear, and the hook that adds them to its output."""
+
+    def __init__(self, bank: "LoraBank", module: nn.Linear) -> None:
+        self._bank = bank
+        self._down = module.weight.new_zeros(bank.rank, module.in_features)
+        self._up = module.weight.new_zeros(module.out_features, bank.rank)
+        module.register_forward_hook(self._add)
+
+    def put(self, start: int, stop: int, down: Tensor | None, up: Tensor | None) -> None:
+        """Write ranks [start, stop); what is not given becomes zero."""
+        self._down[start:stop] = 0
+        self._up[:, start:stop] = 0
+        if down is not None and up is not None:
+            used = start + len(down)
+            self._down[start:used].copy_(down)
+            self._up[:, start:used].copy_(up)
+
+    def _add(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        active = self._bank.active
+        if active is None:
+            return None
+        x: Tensor = inputs[0]
+        scales = active.scales.view(len(active.scales), *(1,) * (x.dim() - 2), -1)
+        inner = nn.functional.linear(x, self._down[active.start : active.stop]) * scales.to(x.dtype)
+        return output + nn.functional.linear(inner, self._up[:, active.start : active.stop])
+
+
+class LoraBank:
+    """The adapters resident beside some modules. `rank` is their total rank, shared by all layers.
+
+    `hold` and `release` may be called from any thread; `rows` only by the thread that runs the
+    modules.
+    """
+
+    def __init__(self, targets: Mapping[str, nn.Linear], rank: int) -> None:
+        self.rank = rank
+        self.active: _Active | None = None
+        self._targets = targets
+        self._layers: dict[str, _Layer] = {}  # made when an adapter first targets them
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._changed = Condition()
+
+    def hold(self, loras: Mapping[str, Lora]) -> None:
+        """Make adapters resident and keep them so until `release`; waits while others need the room.
+
+        All of them or none, so that two waiting requests cannot block each other. Raises AssetError
+        when they would not fit into an empty bank.
+        """
+        layers = {name: self._layers_of(lora) for name, lora in loras.items()}
+        ranks = {name: max((len(each.down) for each in layers[name].values()), default=0) for name in loras}
+        if sum(ranks.values()) > self.rank:
+            needed = sum(ranks.values())
+            message = f"The LoRAs have rank {needed} together; this server holds {self.rank} at once."
+            raise AssetError(message, "invalid_weights")
+        with self._changed:
+            while (placed := self._place(ranks)) is None:
+                self._changed.wait()
+            for name in placed:
+                self._write(self._residents[name], layers[name])
+            for name in loras:
+                self._residents.move_to_end(name)
+                self._residents[name].pins += 1
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give back one `hold`."""
+        with self._changed:
+            for name in names:
+                self._residents[name].pins -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def rows(self, uses: Sequence[Sequence[LoraUse]]) -> Iterator[None]:
+        """The forwards inside add these held adapters, row by row."""
+        self.active = self._activate(uses)
+        try:
+            yield
+        finally:
+            self.active = None
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when places overlap or pins are off."""
+        places = sorted((r.start, r.stop) for r in self._residents.values())
+        assert all(stop <= start for (_, stop), (start, _) in zip(places, places[1:], strict=False))
+        assert all(0 <= start <= stop <= self.rank for start, stop in places)
+        assert all(resident.pins >= 0 for resident in self._residents.values())
+
+    @property
+    def pins(self) -> int:
+        """How many holds are out."""
+        return sum(resident.pins for resident in self._residents.values())
+
+    def _layers_of(self, lora: Lora) -> dict[str, LoraLayer]:
+        return {key: layer for key, layer in lora.layers.items() if key in self._targets}
+
+    def _place(self, ranks: Mapping[str, int]) -> list[str] | None:
+        """Give each name a place; the names that are new there, or None when others are in the way.
+
+        Evicts idle adapters one by one, oldest first; if what stays is still in the way, all of them.
+        """
+        idle = [name for name, each in self._residents.items() if not each.pins and name not in ranks]
+        while (placed := self._fit(ranks)) is None and idle:
+            del self._residents[idle.pop(0)]
+        if placed is None:
+            for name in [name for name, each in self._residents.items() if not each.pins]:
+                del self._residents[name]
+            placed = self._fit(ranks)
+        return placed
+
+    def _fit(self, ranks: Mapping[str, int]) -> list[str] | None:
+        """Put the names that are not resident into free ranges; None, and nothing put, if one is left."""
+        placed: list[str] = []
+        for name, rank in ranks.items():
+            if name in self._residents:
+                continue
+            start = self._gap(rank)
+            if start is None:
+                for each in placed:
+                    del self._residents[each]
+                return None
+            self._residents[name] = _Resident(start, start + rank)
+            placed.append(name)
+        return placed
+
+    def _gap(self, rank: int) -> int | None:
+        """The first free range of `rank` ranks."""
+        start = 0
+        for taken in sorted(self._residents.values(), key=lambda resident: resident.start):
+            if taken.start - start >= rank:
+                return start
+            start = max(start, taken.stop)
+        return start if self.rank - start >= rank else None
+
+    def _write(self, resident: _Resident, layers: Mapping[str, LoraLayer]) -> None:
+        with torch.inference_mode():
+            for key in layers.keys() - self._layers.keys():
+                self._layers[key] = _Layer(self, self._targets[key])
+            for key, layer in self._layers.items():
+                given = layers.get(key)
+                down, up = (given.down, given.up) if given else (None, None)
+                layer.put(resident.start, resident.stop, down, up)
+
+    def _activate(self, uses: Sequence[Sequence[LoraUse]]) -> _Active | None:
+        used = [(row, use, self._residents[use.name]) for row, each in enumerate(uses) for use in each]
+        if not used:
+            return None
+        start = min(resident.start for _, _, resident in used)
+        stop = max(resident.stop for _, _, resident in used)
+        scales = torch.zeros(len(uses), stop - start)
+        for row, use, resident in used:
+            scales[row, resident.start - start : resident.stop - start] += use.scale
+        device = next(iter(self._targets.values())).weight.device
+        return _Active(start, stop, scales.to(device))

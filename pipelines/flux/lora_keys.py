@@ -1,0 +1,132 @@
+"""The names that FLUX LoRAs give to layers.
+
+Trainers name a layer as diffusers does or as Black Forest Labs' own code does
+(https://github.com/black-forest-labs/flux, model.py), with one of several prefixes, with dots or with
+underscores for dots. We list every name of every layer once; translating is a look-up.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.nn import Linear
+
+from pipelines.adapters.lora import Destination, Translate
+
+Targets = Mapping[str, tuple[int, int]]
+
+# The original's layers inside a block, and the diffusers layers whose rows they stack. The names with
+# "processor" are XLabs': 1 is the image's side, 2 the text's.
+_DOUBLE_BLOCK = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "processor.qkv_lora1": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "processor.proj_lora1": ("attn.to_out.0",),
+    "processor.qkv_lora2": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "processor.proj_lora2": ("attn.to_add_out",),
+}
+_SINGLE_BLOCK = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+    "processor.qkv_lora": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "processor.proj_lora": ("proj_out",),
+}
+_OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_HALVES_SWAPPED = "final_layer.adaLN_modulation.1"  # shift then scale there, scale then shift in diffusers
+
+# By component: what may stand before a name with dots, and before one with underscores.
+_PREFIXES = {
+    "transformer": (
+        ("", "transformer.", "diffusion_model."),
+        ("lora_unet_", "lora_transformer_", "lycoris_"),
+    ),
+    "text_encoder": (
+        ("text_encoder.", "text_encoders.clip_l.transformer."),
+        ("lora_te_", "lora_te1_"),
+    ),
+    "text_encoder_2": (
+        ("text_encoder_2.", "text_encoders.t5xxl.transformer."),
+        ("lora_te2_", "lora_te3_"),  # sd-scripts counts T5 as the third encoder
+    ),
+}
+_PEFT_PREFIX = "base_model.model."
+
+
+def targets(transformer: Any, text_encoder: Any, text_encoder_2: Any) -> Targets:
+    """Every layer that may carry a LoRA, "component.path", with its weight's (out, in)."""
+    components = {
+        "transformer": transformer,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+    }
+    return {
+        f"{component}.{path}": (module.out_features, module.in_features)
+        for component, model in components.items()
+        for path, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
+
+
+def translator(targets: Targets) -> Translate:
+    """The translator for a model with these targets."""
+    names: dict[str, Destination] = {}
+    for component, (dotted, flat) in _PREFIXES.items():
+        for name, destination in _names(component, targets):
+            spellings = [prefix + name for prefix in dotted]
+            spellings += [prefix + name.replace(".", "_") for prefix in flat]
+            for spelling in spellings:
+                assert names.setdefault(spelling, destination) == destination, f"{spelling} is ambiguous"
+
+    def translate(name: str) -> Destination | None:
+        return names.get(name.removeprefix(_PEFT_PREFIX))
+
+    return translate
+
+
+def _names(component: str, targets: Targets) -> Iterator[tuple[str, Destination]]:
+    """A component's layers by all their names, without prefixes."""
+    paths = [target.removeprefix(f"{component}.") for target in targets if target.startswith(f"{component}.")]
+    for path in paths:
+        yield path, Destination((f"{component}.{path}",))
+    if component == "transformer":
+        for name, parts in _original_names(paths):
+            yield name, Destination(tuple(f"transformer.{part}" for part in parts), name == _HALVES_SWAPPED)
+    if component == "text_encoder":
+        # transformers 5.6 dropped the text_model wrapper; files have either
+        for path in paths:
+            bare = path.removeprefix("text_model.")
+            other = bare if bare != path else f"text_model.{path}"
+            yield other, Destination((f"text_encoder.{path}",))
+
+
+def _original_names(paths: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, path in _OUTSIDE.items():
+        if path in paths:  # some checkpoints have no guidance
+            yield name, (path,)
+    for ours, theirs, layers in (
+        ("transformer_blocks", "double_blocks", _DOUBLE_BLOCK),
+        ("single_transformer_blocks", "single_blocks", _SINGLE_BLOCK),
+    ):
+        numbers = {path.split(".")[1] for path in paths if path.startswith(f"{ours}.")}
+        for number in numbers:
+            for name, parts in layers.items():
+                yield f"{theirs}.{number}.{name}", tuple(f"{ours}.{number}.{part}" for part in parts)

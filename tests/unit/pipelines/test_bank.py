@@ -1,0 +1,183 @@
+"""LoRA banks: adapters beside the weights, row by row."""
+
+from collections.abc import Sequence
+from threading import Thread
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pipelines.adapters.bank import LoraBank, LoraUse
+from pipelines.adapters.lora import Lora, LoraLayer
+from schemas.errors import AssetError
+
+TARGETS = ("a", "b")
+
+
+class Net(nn.Module):
+    """Two layers in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.tanh(self.a(x)))
+        return y
+
+
+def make_net() -> Net:
+    torch.manual_seed(0)
+    return Net().requires_grad_(False)
+
+
+def make_bank(net: Net, rank: int = 16) -> LoraBank:
+    return LoraBank({"a": net.a, "b": net.b}, rank)
+
+
+def make_lora(seed: int, rank: int = 3, targets: Sequence[str] = TARGETS) -> Lora:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"a": (8, 6), "b": (4, 8)}
+    layers = {
+        name: LoraLayer(
+            torch.randn(rank, sizes[name][1], generator=generator),
+            torch.randn(sizes[name][0], rank, generator=generator),
+        )
+        for name in targets
+    }
+    return Lora(layers)
+
+
+def merged(net: Net, wishes: Sequence[tuple[Lora, float]]) -> Net:
+    """A copy with W + Σ scale · up · down."""
+    copy = make_net()
+    copy.load_state_dict(net.state_dict())
+    for lora, scale in wishes:
+        for name, layer in lora.layers.items():
+            getattr(copy, name).weight += scale * layer.up @ layer.down
+    return copy
+
+
+def run(net: Net, bank: LoraBank, x: Tensor, rows: Sequence[Sequence[LoraUse]]) -> Tensor:
+    with torch.inference_mode(), bank.rows(rows):
+        y: Tensor = net(x)
+        return y
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(9))
+
+
+def test_each_row_gets_its_own_adapters_as_if_they_were_merged(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net)
+    loras = {str(seed): make_lora(seed, rank=seed + 1) for seed in range(3)}
+    bank.hold(loras)
+    rows = [[LoraUse("0", 0.7)], [], [LoraUse("1", -1.5), LoraUse("2", 2.0)]]
+    ours = run(net, bank, x, rows)
+    for index, uses in enumerate(rows):
+        alone = merged(net, [(loras[use.name], use.scale) for use in uses])(x[index])
+        torch.testing.assert_close(ours[index], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_order_of_adapters_means_nothing(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net)
+    bank.hold({"0": make_lora(0), "1": make_lora(1)})
+    uses = [LoraUse("0", 0.5), LoraUse("1", 1.0)]
+    torch.testing.assert_close(run(net, bank, x, [uses] * 3), run(net, bank, x, [uses[::-1]] * 3))
+
+
+def test_the_same_adapter_twice_adds_up(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net)
+    bank.hold({"0": make_lora(0)})
+    twice = run(net, bank, x, [[LoraUse("0", 0.5), LoraUse("0", 0.25)]] * 3)
+    torch.testing.assert_close(twice, run(net, bank, x, [[LoraUse("0", 0.75)]] * 3))
+
+
+def test_scale_zero_and_no_adapter_are_the_base_to_the_bit(x: Tensor) -> None:
+    net = make_net()
+    base = net(x)
+    bank = make_bank(net)
+    bank.hold({"0": make_lora(0)})
+    assert torch.equal(run(net, bank, x, [[]] * 3), base)
+    assert torch.equal(run(net, bank, x, [[LoraUse("0", 0.0)]] * 3), base)
+    assert torch.equal(net(x), base)  # and outside of any rows
+
+
+def test_an_adapter_of_some_layers_leaves_the_others(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net)
+    lora = make_lora(0, targets=["b"])
+    bank.hold({"0": lora})
+    torch.testing.assert_close(
+        run(net, bank, x, [[LoraUse("0", 1.0)]] * 3), merged(net, [(lora, 1.0)])(x), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_an_evicted_adapter_left_behind_does_not_act(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net, rank=4)
+    bank.hold({"big": make_lora(0, rank=4)})
+    bank.release(["big"])
+    small = make_lora(1, rank=2, targets=["b"])
+    bank.hold({"small": small})  # in the place of the big one
+    torch.testing.assert_close(
+        run(net, bank, x, [[LoraUse("small", 1.0)]] * 3),
+        merged(net, [(small, 1.0)])(x),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+def test_the_least_recently_used_idle_adapter_makes_room() -> None:
+    bank = make_bank(make_net(), rank=8)
+    for name in "xy":
+        bank.hold({name: make_lora(0, rank=4)})
+        bank.release([name])
+    bank.hold({"x": make_lora(0, rank=4)})  # used again
+    bank.hold({"z": make_lora(0, rank=4)})
+    assert set(bank._residents) == {"x", "z"}
+
+
+def test_more_than_the_bank_holds_is_refused_with_both_numbers() -> None:
+    bank = make_bank(make_net(), rank=8)
+    with pytest.raises(AssetError, match=r"rank 9 .* 8"):
+        bank.hold({"0": make_lora(0, rank=4), "1": make_lora(1, rank=5)})
+    assert bank.pins == 0
+
+
+def test_a_hold_waits_until_there_is_room_even_across_fragments() -> None:
+    bank = make_bank(make_net(), rank=8)
+    bank.hold({"left": make_lora(0, rank=3)})
+    bank.hold({"middle": make_lora(1, rank=2)})
+    waiting = Thread(
+        target=bank.hold, args=({"middle": make_lora(1, rank=2), "large": make_lora(2, rank=6)},)
+    )
+    waiting.start()
+    bank.release(["left"])  # not enough: the middle splits what is free
+    assert "large" not in bank._residents
+    bank.release(["middle"])
+    waiting.join(10)
+    assert set(bank._residents) == {"middle", "large"}
+    bank.check_integrity()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=40))
+def test_places_never_overlap_whatever_is_held_and_released(moves: list[tuple[int, bool]]) -> None:
+    bank = make_bank(make_net(), rank=8)
+    held: list[str] = []
+    for number, hold in moves:
+        name = str(number)
+        if hold and len(held) < 2:  # two of rank 2 fit however they lie
+            bank.hold({name: make_lora(number, rank=1 + number % 2)})
+            held.append(name)
+        elif not hold and held:
+            bank.release([held.pop()])
+        bank.check_integrity()
+        assert bank.pins == len(held)
