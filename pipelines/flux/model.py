@@ -93,12 +93,12 @@ class FluxModel(Model):
                 stack.callback(bank.release, tuple(loras))
             yield
 
-    def sigmas(self, steps: int, grid: Grid, shift: Shift | None = None) -> tuple[float, ...]:
+    def sigmas(self, steps: int, grid: Grid) -> tuple[float, ...]:
         """The checkpoint's own schedule for a picture of this size."""
         config = self._parts.scheduler.config
         if not config.use_dynamic_shifting:
             return schedule(steps, None)
-        shift = shift or Shift(
+        shift = Shift(
             config.base_shift,
             config.max_shift,
             config.base_image_seq_len,
