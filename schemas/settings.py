@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_IMAGE_BYTES = 50 * 2**20  # what fal.ai's own toolkit downloads at most
+
 
 class Settings(BaseModel):
     """The base of all settings."""
@@ -55,7 +57,7 @@ class FrontSettings(Settings):
         "or blanks; authentication is off when it is empty",
     )
     max_body_bytes: int = Field(100 * 2**20, gt=0)
-    max_image_bytes: int = Field(50 * 2**20, gt=0, description="of a picture sent as a data URI")
+    max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     gateway_replicas: int = Field(1, ge=1)
@@ -101,7 +103,7 @@ class FetchSettings(Settings):
     connect_timeout_s: float = Field(10, gt=0)
     image_timeout_s: float = Field(60, gt=0, description="a whole image")
     weights_timeout_s: float = Field(1800, gt=0, description="a whole weights file")
-    max_image_bytes: int = Field(50 * 2**20, gt=0)
+    max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0)
     max_weights_bytes: int = Field(4 * 2**30, gt=0)
 
 
