@@ -157,7 +157,7 @@ def main() -> None:
     folder = zoo.locate("flux")
     stock = FluxPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
-    model, plain, rows, worst = FluxModel.load(folder, SETTINGS), Plain(stock), [], 0.0
+    model, plain, rows, worst = FluxModel.load(SETTINGS, lambda _: folder), Plain(stock), [], 0.0
     for threads in (1, 2):
         torch.set_num_threads(threads)
         ours = Ours(model)

@@ -37,7 +37,7 @@ AIMS = "aims for /run: p50 at most 30 ms and 15 CPU-ms over the direct call"
 def direct() -> Callable[[], None]:
     """One request on the pipeline itself."""
     settings = ModelSettings(model="zoo:flux", endpoints=(ENDPOINT,), max_sequence_length=32)
-    pipeline = Pipeline(FluxModel.load(zoo.locate("flux"), settings))
+    pipeline = Pipeline(FluxModel.load(settings, lambda _: zoo.locate("flux")))
 
     @torch.inference_mode()
     def call() -> None:
@@ -45,7 +45,7 @@ def direct() -> Callable[[], None]:
         [sample] = pipeline.prepare(request, Assets(), 0).samples
         while not sample.is_done:
             [prediction] = pipeline.model.predict([sample])
-            sample.accept(sample.plan.advance(sample.step, sample.latents, prediction))
+            sample.accept(sample.plan.advance(sample.step, sample.latents, prediction, sample.denoised))
         assert images.encode(pipeline.finish(sample), "jpeg")
 
     return call

@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -29,8 +29,16 @@ from pipelines.base import AnyPipeline, Assets, Generation, Model
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.safety import SafetyChecker
-from schemas.assets import AssetKind, AssetRef, assets
-from schemas.errors import AssetError, DarkroomError, FieldError, InputError, InternalError, NotFound
+from schemas.assets import Asset, AssetKind, assets
+from schemas.errors import (
+    AssetError,
+    DarkroomError,
+    FieldError,
+    InputError,
+    InternalError,
+    Location,
+    NotFound,
+)
 from schemas.fields import EndpointInput, Image
 from schemas.jobs import Job, JobEvent, JobResult, Logged, Previewed, Update
 from schemas.settings import ModelSettings
@@ -40,6 +48,8 @@ logger = logging.getLogger(__name__)
 UPDATE_S = 0.05  # events of so long travel together
 PREVIEW_S = 0.5  # the shortest time between two previews of a job
 RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
+
+_Fetched = Picture | Path | bytes | AssetError
 
 
 class Worker:
@@ -143,28 +153,24 @@ class Worker:
 
         Raises InputError that names each field whose file cannot be had.
         """
-        pictures: dict[str, Picture] = {}
-        weights: dict[str, Path] = {}
 
-        async def fetch(ref: AssetRef) -> tuple[FieldError, ...]:
+        async def fetch(asset: Asset) -> _Fetched:
             try:
-                if ref.kind is AssetKind.IMAGE:
-                    data = await self._fetcher.image(ref.source, job.base_url)
-                    pictures[ref.source] = await self._off_loop(self._encoding, images.decode, data)
-                else:
-                    lease = await self._weights.locate(
-                        ref.source, job.base_url, lambda line: emit(Logged(line))
-                    )
-                    weights[ref.source] = stack.enter_context(lease)
+                if asset.kind is AssetKind.IMAGE:
+                    data = await self._fetcher.image(asset.source, job.base_url)
+                    picture: Picture = await self._off_loop(self._encoding, images.decode, data)
+                    return picture
+                if asset.kind is AssetKind.CONFIG:
+                    return await self._fetcher.config(asset.source, job.base_url)
+                lease = await self._weights.locate(asset, job.base_url, lambda line: emit(Logged(line)))
+                return stack.enter_context(lease)
             except AssetError as error:
-                return error.at(ref.loc).fields
-            return ()
+                return error
 
-        once = {(ref.kind, ref.source): ref for ref in reversed(list(assets(request)))}
-        outcomes = await asyncio.gather(*(fetch(ref) for ref in once.values()))
-        if faults := [fault for outcome in outcomes for fault in outcome]:
-            raise InputError(faults)
-        return Assets(pictures, weights)
+        refs = list(assets(request))
+        wanted = list(dict.fromkeys(ref.asset for ref in refs))
+        found = dict(zip(wanted, await asyncio.gather(*map(fetch, wanted)), strict=True))
+        return _by_field((ref.loc, found[ref.asset]) for ref in refs)
 
     async def _prepare(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> Generation:
         """Off the loop. What a cancelled request would have held is given back when it is ready."""
@@ -243,6 +249,27 @@ class Worker:
     @staticmethod
     async def _off_loop(pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+
+
+def _by_field(named: Iterable[tuple[Location, _Fetched]]) -> Assets:
+    """Every file under the fields that name it. Raises InputError that names each without one."""
+    pictures: dict[Location, Picture] = {}
+    weights: dict[Location, Path] = {}
+    configs: dict[Location, bytes] = {}
+    faults: list[FieldError] = []
+    for loc, found in named:
+        match found:
+            case Picture():
+                pictures[loc] = found
+            case Path():
+                weights[loc] = found
+            case bytes():
+                configs[loc] = found
+            case AssetError():
+                faults += found.at(loc).fields
+    if faults:
+        raise InputError(faults)
+    return Assets(pictures, weights, configs)
 
 
 def _give_back(preparing: "Future[Generation]") -> None:
@@ -353,7 +380,7 @@ def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
     if len(families) != 1:
         raise ValueError(f"one model cannot serve several families: {sorted(families)}")
     started = time.monotonic()
-    model = next(iter(kinds.values())).model_type.load(_source(settings.model), settings)
+    model = next(iter(kinds.values())).model_type.load(settings, _source)
     logger.info("loaded %s in %.1f s", settings.model, time.monotonic() - started)
     return {endpoint_id: kind(model) for endpoint_id, kind in kinds.items()}, model
 

@@ -7,8 +7,8 @@ and nothing here knows of Ray, HTTP or a database.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipelines.engine.sample import Sample
 from pipelines.images import Format
+from schemas.errors import AssetError, Location
 from schemas.fields import EndpointInput, Image
 from schemas.settings import ModelSettings
 
@@ -31,8 +32,11 @@ class Model(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, source: Path | str, settings: ModelSettings) -> Self:
-        """Load from a local folder or a Hub id, onto `settings.device` in `settings.dtype`."""
+    def load(cls, settings: ModelSettings, locate: Callable[[str], Path | str]) -> Self:
+        """Load `settings.model` and what belongs to it, onto `settings.device` in `settings.dtype`.
+
+        `locate` turns a source in the settings into a local folder or a Hub id.
+        """
 
     @abstractmethod
     def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
@@ -44,10 +48,20 @@ class Model(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Assets:
-    """The files that a request names, fetched and checked, by what the request calls them."""
+    """The files that a request names, fetched, by the fields that name them: ("body", "loras", 0, "path")."""
 
-    images: Mapping[str, Picture] = field(default_factory=dict)  # RGB, upright
-    weights: Mapping[str, Path] = field(default_factory=dict)  # safetensors, named by their content
+    images: Mapping[Location, Picture] = field(default_factory=dict)  # RGB, upright
+    weights: Mapping[Location, Path] = field(default_factory=dict)  # safetensors, named by their content
+    configs: Mapping[Location, bytes] = field(default_factory=dict)  # said to be JSON
+
+
+@contextmanager
+def named_by(loc: Location) -> Iterator[None]:
+    """What goes wrong inside with a file is told of the field at `loc`: AssetError becomes InputError."""
+    try:
+        yield
+    except AssetError as error:
+        raise error.at(loc) from None
 
 
 @dataclass(frozen=True, slots=True)

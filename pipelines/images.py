@@ -82,3 +82,12 @@ def to_tensor(picture: Image.Image) -> Tensor:
     """An RGB picture → [3, height, width] in [-1, 1], float32."""
     array = torch.from_numpy(np.asarray(picture).copy())
     return array.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def mask(picture: Image.Image, columns: int, rows: int, threshold: float) -> Tensor:
+    """Where a grey picture is at least `threshold` (0 … 1), averaged over cells: [rows, columns] of 0 and 1.
+
+    Cropped as `fill` crops a picture of the same size.
+    """
+    cells = ImageOps.fit(picture.convert("L"), (columns, rows), Image.Resampling.BOX)
+    return (torch.from_numpy(np.asarray(cells).copy()) >= threshold * 255).float()

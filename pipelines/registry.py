@@ -36,6 +36,7 @@ class Endpoint:
 _TABLE = (
     Endpoint("fal-ai/flux/dev", "flux", "flux_dev"),
     Endpoint("fal-ai/flux-lora/image-to-image", "flux", "flux_lora_image_to_image"),
+    Endpoint("fal-ai/flux-general/rf-inversion", "flux", "flux_general_rf_inversion"),
 )
 
 ENDPOINTS: Mapping[str, Endpoint] = {endpoint.id: endpoint for endpoint in _TABLE}

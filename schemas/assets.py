@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from schemas.errors import Location
 
@@ -14,32 +15,53 @@ class AssetKind(Enum):
     """Put into a field's annotation: `Annotated[str, AssetKind.IMAGE]`."""
 
     IMAGE = "image"
-    WEIGHTS = "weights"
+    LORA = "lora"
+    CONTROLNET = "controlnet"
+    EASYCONTROL = "easycontrol"
+    CONFIG = "config"  # JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """What a caller calls a file. Equal ones are fetched once."""
+
+    kind: AssetKind
+    source: str  # a URL, a data URI, a Hub id, a name
+    variant: str | None = None  # which of a Hub repository's files, where it has several
 
 
 @dataclass(frozen=True, slots=True)
 class AssetRef:
-    """One file that a request names."""
+    """A file, and the field that names it: ("body", "loras", 0, "path")."""
 
-    loc: Location  # ("body", "loras", 0, "path")
-    kind: AssetKind
-    source: str  # what the caller wrote: a URL, a data URI, a Hub id, a name
+    loc: Location
+    asset: Asset
 
 
 def assets(value: BaseModel, loc: Location = ("body",)) -> Iterator[AssetRef]:
-    """Every file that a request names, in the order of its fields."""
+    """Every file that a request names, in the order of its fields.
+
+    The field `variant` of an object says which file of a repository its weights are.
+    """
     for name, info in type(value).model_fields.items():
-        kind = next((each for each in info.metadata if isinstance(each, AssetKind)), None)
-        yield from _inside(getattr(value, name), (*loc, name), kind)
+        kind = _kind(info)
+        variant = getattr(value, "variant", None) if kind is AssetKind.CONTROLNET else None
+        yield from _inside(getattr(value, name), (*loc, name), kind, variant)
 
 
-def _inside(value: Any, loc: Location, kind: AssetKind | None) -> Iterator[AssetRef]:
+def _kind(info: FieldInfo) -> AssetKind | None:
+    """The mark of a field, which pydantic leaves inside of an optional one: `ImageUrl | None`."""
+    options = [info.metadata, *(getattr(each, "__metadata__", ()) for each in get_args(info.annotation))]
+    return next((mark for marks in options for mark in marks if isinstance(mark, AssetKind)), None)
+
+
+def _inside(value: Any, loc: Location, kind: AssetKind | None, variant: str | None) -> Iterator[AssetRef]:
     if isinstance(value, BaseModel):
         yield from assets(value, loc)
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
-            yield from _inside(each, (*loc, index), kind)
+            yield from _inside(each, (*loc, index), kind, variant)
     elif isinstance(value, Mapping):
         return
     elif kind is not None and isinstance(value, str):
-        yield AssetRef(loc, kind, value)
+        yield AssetRef(loc, Asset(kind, value, variant))

@@ -16,15 +16,23 @@ ImageUrl = Annotated[
     AssetKind.IMAGE,
     Field(min_length=1, description="An http or https URL, a data URI, or a file of this server."),
 ]
-WeightsPath = Annotated[
+_SOURCE = Field(
+    min_length=1,
+    max_length=4096,
+    description="A URL, a Hugging Face repository with or without a file, or a name of this server.",
+)
+LoraPath = Annotated[str, AssetKind.LORA, _SOURCE]
+ControlNetPath = Annotated[str, AssetKind.CONTROLNET, _SOURCE]
+EasyControlPath = Annotated[
     str,
-    AssetKind.WEIGHTS,
-    Field(
-        min_length=1,
-        max_length=4096,
-        description="A URL, a Hugging Face repository with or without a file, or a name of this server.",
-    ),
+    AssetKind.EASYCONTROL,
+    Field(min_length=1, max_length=4096, description="A URL, or the name of a built-in method."),
 ]
+ConfigUrl = Annotated[
+    str, AssetKind.CONFIG, Field(min_length=1, max_length=4096, description="The URL of a config.json.")
+]
+# The file of a Hugging Face repository that ends in `.VARIANT.safetensors`.
+Variant = Annotated[str, Field(pattern=r"^[\w-]{1,32}$", description="Of a Hugging Face repository: fp16 …")]
 # torch takes any 64-bit seed; the sign is kept, so that the seed in the answer is the one sent.
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -97,8 +105,8 @@ def check_size(size: ImageSize, limits: Limits) -> None:
     )
 
 
-class EndpointInput(BaseModel):
-    """The base of every endpoint's Input: unknown fields are ignored, null means absent, numbers finite."""
+class InputPart(BaseModel):
+    """An object in a request: unknown fields are ignored, null means absent, numbers are finite."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -109,16 +117,18 @@ class EndpointInput(BaseModel):
             return data
         return {name: value for name, value in data.items() if value is not None}
 
+
+class EndpointInput(InputPart):
+    """The base of every endpoint's Input."""
+
     def check(self, limits: Limits) -> None:
         """Raise InputError for what the schema allows and this server does not make."""
 
 
-class LoraWeight(BaseModel):
+class LoraWeight(InputPart):
     """One LoRA and how strongly it acts: 0 is off, 1 as it was trained."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    path: WeightsPath
+    path: LoraPath
     scale: float = Field(1, ge=0, le=4)
 
 

@@ -11,6 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_IMAGE_BYTES = 50 * 2**20  # what fal.ai's own toolkit downloads at most
 
 
+# The methods that fal names, in the files of https://huggingface.co/Xiaojiu-Z/EasyControl
+_METHODS = ("canny", "depth", "hedsketch", "inpainting", "pose", "seg", "subject")
+EASYCONTROLS = {
+    **{name: f"Xiaojiu-Z/EasyControl/models/{name}.safetensors" for name in _METHODS},
+    "ghibli": "Xiaojiu-Z/EasyControl/models/Ghibli.safetensors",
+}
+
+
 class Settings(BaseModel):
     """The base of all settings."""
 
@@ -104,7 +112,8 @@ class FetchSettings(Settings):
     image_timeout_s: float = Field(60, gt=0, description="a whole image")
     weights_timeout_s: float = Field(1800, gt=0, description="a whole weights file")
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0)
-    max_weights_bytes: int = Field(4 * 2**30, gt=0)
+    max_weights_bytes: int = Field(8 * 2**30, gt=0)
+    max_config_bytes: int = Field(64 * 2**10, gt=0, description="of a ControlNet's config.json")
 
 
 class WeightSettings(Settings):
@@ -114,6 +123,9 @@ class WeightSettings(Settings):
     cache_bytes: int = Field(50 * 2**30, gt=0, description="files unused for longest go first")
     hub: bool = Field(True, description="whether a request may name a Hugging Face repository")
     hub_url: str = "https://huggingface.co"
+    easycontrols: dict[str, str] = Field(
+        EASYCONTROLS, description="EasyControl's built-in methods: name → file, URL or Hub id"
+    )
     names: dict[str, str] = Field(
         default_factory=dict, description="server-local names: name → file, URL or Hub id"
     )
@@ -134,6 +146,16 @@ class ModelSettings(Settings):
         16_384, gt=0, description="image tokens that one forward may hold; 1024 × 1024 has 4096"
     )
     lora_rank: int = Field(128, ge=0, description="total rank of the LoRAs resident beside the model")
+    controlnet_bytes: int = Field(
+        12 * 2**30, ge=0, description="memory of the device for the ControlNets beside the model"
+    )
+    redux: str | None = Field(
+        None, description="FLUX.1 Redux, the same kinds of source; null: fill_image is refused"
+    )
+    depth: str | None = Field(
+        None, description="a Depth-Anything model; null: depth preprocessing is refused"
+    )
+    noise_bytes: int = Field(2**28, ge=0, description="RAM for the structured noise of inversions")
     lora_ram_bytes: int = Field(4 * 2**30, ge=0, description="LoRA files kept in RAM")
     cpu_threads: int | None = Field(None, ge=1, description="torch threads; null: all cores")
     limits: Limits = Limits()

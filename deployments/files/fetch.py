@@ -20,6 +20,7 @@ from ipaddress import ip_address
 from typing import BinaryIO
 
 import httpx
+from pydantic_core import from_json
 
 from deployments.files.guard import REFUSED, Guard, IPAddress, Target
 from deployments.files.store import FileStore
@@ -75,7 +76,15 @@ class Fetcher:
 
     async def image(self, source: str, base_url: str) -> bytes:
         """The bytes behind a data URI, a file URL of the server at `base_url`, or an http(s) URL."""
-        limit = self._settings.max_image_bytes
+        return await self._read(source, base_url, self._settings.max_image_bytes)
+
+    async def config(self, source: str, base_url: str) -> bytes:
+        """The JSON object behind the same kinds of source."""
+        data = await self._read(source, base_url, self._settings.max_config_bytes)
+        _check_config(data)
+        return data
+
+    async def _read(self, source: str, base_url: str, limit: int) -> bytes:
         if source[:5].lower() == "data:":
             return decode_data_uri(source, limit)
         sink = io.BytesIO()
@@ -273,6 +282,16 @@ def _check_answer(response: httpx.Response) -> int | None:
         raise _failure("The server sent a compressed body that was not asked for.")
     length = response.headers.get("content-length", "")
     return int(length) if length.isdecimal() else None
+
+
+def _check_config(data: bytes) -> None:
+    """Refuse what is no JSON object."""
+    try:
+        found = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise _failure("A config must be a JSON object; this is no JSON.") from error
+    if not isinstance(found, dict):
+        raise _failure("A config must be a JSON object; this is another JSON value.")
 
 
 def _strong_etag(response: httpx.Response) -> str | None:

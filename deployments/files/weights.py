@@ -24,6 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 from deployments.files.fetch import Fetcher
 from deployments.files.fetch import Report as Progress
 from deployments.files.origins import Origin, Origins, unavailable
+from schemas.assets import Asset
 from schemas.settings import FetchSettings, WeightSettings, local_path
 
 FRESH_S = 600.0  # after so long a source is asked whether its content changed
@@ -77,13 +78,13 @@ class Weights:
         self._sweep()
         self._shrink()
 
-    async def locate(self, source: str, base_url: str, report: Report) -> Lease:
-        """The file that `source` names, downloaded if need be; `report` gets lines for people.
+    async def locate(self, asset: Asset, base_url: str, report: Report) -> Lease:
+        """The file that `asset` names, downloaded if need be; `report` gets lines for people.
 
-        A source is one of the server's own names, an https URL (http inside the allowed networks),
+        Its source is one of the server's own names, an https URL (http inside the allowed networks),
         a file URL of the server at `base_url`, or a Hub id. Raises AssetError.
         """
-        origin = self._origins.of(source, base_url)
+        origin = self._origins.of(asset, base_url)
         while True:  # another process may evict a file before it is pinned here
             lease = self._fresh(origin) or self._lease(await self._join(origin, report))
             if lease:

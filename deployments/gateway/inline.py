@@ -5,8 +5,8 @@ from typing import Any
 
 from deployments.files.fetch import decode_data_uri
 from deployments.files.store import FileStore
-from schemas.assets import AssetKind, AssetRef, assets
-from schemas.errors import AssetError, FieldError, InputError
+from schemas.assets import Asset, AssetKind, assets
+from schemas.errors import AssetError, FieldError, InputError, Location
 from schemas.fields import EndpointInput
 
 KEEP_CHARACTERS = 4096  # shorter ones are no burden
@@ -21,13 +21,15 @@ async def stored(
 
     Raises InputError for what is no picture that the workers read.
     """
+    urls: dict[Asset, str] = {}  # a picture that several fields hold is kept once
     faults: list[FieldError] = []
     for ref in assets(request):
-        if ref.kind is AssetKind.IMAGE and _is_long(ref):
+        if ref.asset.kind is AssetKind.IMAGE and _is_long(ref.asset.source):
             try:
-                data = await asyncio.to_thread(decode_data_uri, ref.source, max_bytes)
-                key = await files.save(data, _content_type(data))
-                _replace(document, ref, files.url(key, base_url))
+                if ref.asset not in urls:
+                    data = await asyncio.to_thread(decode_data_uri, ref.asset.source, max_bytes)
+                    urls[ref.asset] = files.url(await files.save(data, _content_type(data)), base_url)
+                _replace(document, ref.loc, urls[ref.asset])
             except AssetError as error:
                 faults += error.at(ref.loc).fields
     if faults:
@@ -35,8 +37,8 @@ async def stored(
     return document
 
 
-def _is_long(ref: AssetRef) -> bool:
-    return ref.source[:5].lower() == "data:" and len(ref.source) > KEEP_CHARACTERS
+def _is_long(source: str) -> bool:
+    return source[:5].lower() == "data:" and len(source) > KEEP_CHARACTERS
 
 
 def _content_type(data: bytes) -> str:
@@ -49,9 +51,9 @@ def _content_type(data: bytes) -> str:
     raise AssetError(message, "unsupported_image_format", {"supported_formats": formats})
 
 
-def _replace(document: dict[str, Any], ref: AssetRef, url: str) -> None:
+def _replace(document: dict[str, Any], loc: Location, url: str) -> None:
     """Put `url` where the request named the file. `loc` begins with "body"."""
-    *path, last = ref.loc[1:]
+    *path, last = loc[1:]
     place: Any = document
     for part in path:
         place = place[part]

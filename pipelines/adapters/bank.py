@@ -5,14 +5,15 @@ range of ranks, and a forward adds, for each of its rows, the ranges that the ro
 
     y[row] += up · (scale[row] ⊙ (down · x[row]))
 
-so rows of one batch carry different adapters, any number each, and the base stays as it was loaded.
+and the scaled biases of adapters that have some, so rows of one batch carry different adapters, any
+number each, and the base stays as it was loaded. A scale may differ from layer to layer.
 The idea of batching adapters this way is that of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Condition
 from typing import Any
 
@@ -25,10 +26,17 @@ from schemas.errors import AssetError
 
 @dataclass(frozen=True, slots=True)
 class LoraUse:
-    """One adapter in one row: the content hash of its file, and its scale."""
+    """One adapter in one row: the content hash of its file, and its scale.
+
+    `layers` are the layers with a scale of their own: {"transformer.x_embedder": 0.5}.
+    """
 
     name: str
-    scale: float
+    scale: float = 1.0
+    layers: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def scale_at(self, layer: str) -> float:
+        return self.layers.get(layer, self.scale)
 
 
 @dataclass(slots=True)
@@ -42,39 +50,55 @@ class _Resident:
 
 @dataclass(frozen=True, slots=True)
 class _Active:
-    """What the forward under way adds: ranks [start, stop) scaled by [rows, stop - start]."""
+    """What the forward under way adds: ranks [start, stop) scaled by [rows, stop - start].
+
+    `apart` has the scales of layers where they are others.
+    """
 
     start: int
     stop: int
     scales: Tensor
+    apart: Mapping[str, Tensor]
 
 
 class _Layer:
     """The buffers of one nn.Linear, and the hook that adds them to its output."""
 
-    def __init__(self, bank: "LoraBank", module: nn.Linear) -> None:
+    def __init__(self, bank: "LoraBank", name: str, module: nn.Linear) -> None:
         self._bank = bank
+        self._name = name
         self._down = module.weight.new_zeros(bank.rank, module.in_features)
         self._up = module.weight.new_zeros(module.out_features, bank.rank)
+        self._biases: Mapping[int, Tensor] = {}  # [out] of adapters that have one, by their first rank
         module.register_forward_hook(self._add)
 
-    def put(self, start: int, stop: int, down: Tensor | None, up: Tensor | None) -> None:
+    def put(self, start: int, stop: int, given: LoraLayer | None) -> None:
         """Write ranks [start, stop); what is not given becomes zero."""
         self._down[start:stop] = 0
         self._up[:, start:stop] = 0
-        if down is not None and up is not None:
-            used = start + len(down)
-            self._down[start:used].copy_(down)
-            self._up[:, start:used].copy_(up)
+        # replaced, not changed: the thread that runs the modules may be reading it
+        biases = {first: bias for first, bias in self._biases.items() if not start <= first < stop}
+        if given is not None:
+            used = start + given.rank
+            self._down[start:used].copy_(given.down)
+            self._up[:, start:used].copy_(given.up)
+            if given.bias is not None:
+                biases[start] = given.bias.to(self._up)
+        self._biases = biases
 
     def _add(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         active = self._bank.active
         if active is None:
             return None
         x: Tensor = inputs[0]
-        scales = active.scales.view(len(active.scales), *(1,) * (x.dim() - 2), -1)
-        inner = nn.functional.linear(x, self._down[active.start : active.stop]) * scales.to(x.dtype)
-        return output + nn.functional.linear(inner, self._up[:, active.start : active.stop])
+        scales = active.apart.get(self._name, active.scales).to(x.dtype)
+        scales = scales.view(len(scales), *(1,) * (x.dim() - 2), -1)
+        inner = nn.functional.linear(x, self._down[active.start : active.stop]) * scales
+        added = nn.functional.linear(inner, self._up[:, active.start : active.stop])
+        for first, bias in self._biases.items():
+            if active.start <= first < active.stop:  # all ranks of an adapter have its scale
+                added += scales[..., first - active.start, None] * bias
+        return output + added
 
 
 class LoraBank:
@@ -185,11 +209,9 @@ class LoraBank:
     def _write(self, resident: _Resident, layers: Mapping[str, LoraLayer]) -> None:
         with torch.inference_mode():
             for key in layers.keys() - self._layers.keys():
-                self._layers[key] = _Layer(self, self._targets[key])
+                self._layers[key] = _Layer(self, key, self._targets[key])
             for key, layer in self._layers.items():
-                given = layers.get(key)
-                down, up = (given.down, given.up) if given else (None, None)
-                layer.put(resident.start, resident.stop, down, up)
+                layer.put(resident.start, resident.stop, layers.get(key))
 
     def _activate(self, uses: Sequence[Sequence[LoraUse]]) -> _Active | None:
         used = [(row, use, self._residents[use.name]) for row, each in enumerate(uses) for use in each]
@@ -197,8 +219,16 @@ class LoraBank:
             return None
         start = min(resident.start for _, _, resident in used)
         stop = max(resident.stop for _, _, resident in used)
-        scales = torch.zeros(len(uses), stop - start)
+        apart = self._apart([use for _, use, _ in used])
+        scales = torch.zeros(1 + len(apart), len(uses), stop - start)  # the usual ones, then those apart
         for row, use, resident in used:
-            scales[row, resident.start - start : resident.stop - start] += use.scale
+            each = torch.tensor([use.scale, *map(use.scale_at, apart)])
+            scales[:, row, resident.start - start : resident.stop - start] += each[:, None]
         device = next(iter(self._targets.values())).weight.device
-        return _Active(start, stop, scales.to(device))
+        usual, *others = scales.to(device)
+        return _Active(start, stop, usual, dict(zip(apart, others, strict=True)))
+
+    def _apart(self, uses: Sequence[LoraUse]) -> list[str]:
+        """The layers where some use has another scale than elsewhere; the rest may be another bank's."""
+        others = {name for use in uses for name, scale in use.layers.items() if scale != use.scale}
+        return [name for name in others if name in self._layers]

@@ -24,17 +24,24 @@ class Cache(Generic[V]):
 
     def get(self, name: str, load: Callable[[], V]) -> V:
         """The value of a name, loaded if it is not here. Two threads may load the same one."""
+        value = self.find(name)
+        if value is None:
+            value = load()
+            self.keep(name, value)
+        return value
+
+    def find(self, name: str) -> V | None:
         with self._lock:
             if name in self._values:
                 self._values.move_to_end(name)
-                return self._values[name]
-        value = load()
+            return self._values.get(name)
+
+    def keep(self, name: str, value: V) -> None:
         with self._lock:
             self._values[name] = value
             self._values.move_to_end(name)
             while self.nbytes > self._capacity:
                 self._values.popitem(last=False)
-        return value
 
     @property
     def nbytes(self) -> int:

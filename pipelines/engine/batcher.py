@@ -14,9 +14,9 @@ def choose(samples: Sequence[Sample], budget: int) -> list[Sample]:
     """
     waiting = sorted(samples, key=lambda sample: sample.last_turn)  # stable: arrival breaks ties
     first, *others = waiting
-    batch, cost = [first], first.plan.cost
+    batch, cost = [first], first.cost
     for sample in others:
-        if sample.plan.key == first.plan.key and cost + sample.plan.cost <= budget:
+        if sample.key == first.key and cost + sample.cost <= budget:
             batch.append(sample)
-            cost += sample.plan.cost
+            cost += sample.cost
     return batch

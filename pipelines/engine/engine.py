@@ -103,7 +103,7 @@ class Engine:
         try:
             predictions = self._predict(batch)
             return [
-                sample.plan.advance(sample.step, sample.latents, prediction)
+                sample.plan.advance(sample.step, sample.latents, prediction, sample.denoised)
                 for sample, prediction in zip(batch, predictions, strict=True)
             ]
         except Exception as error:  # noqa: BLE001 - the top of the loop; ends up at the listener

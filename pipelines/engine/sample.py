@@ -23,12 +23,21 @@ class Plan(ABC):
     """
 
     steps: int  # how many there are, at least 1
-    cost: int  # image tokens that one row adds to a forward
-    key: Hashable  # equal keys may share a forward: resident weights, latent grid, text length
 
     @abstractmethod
-    def advance(self, step: int, latents: Tensor, prediction: Tensor) -> Advanced:
-        """Apply the model's prediction at `step` (0 … steps-1). Changes nothing in place."""
+    def key(self, step: int) -> Hashable:
+        """Equal keys may share a forward at `step` (0 … steps-1): weights, latent grid, text length."""
+
+    @abstractmethod
+    def cost(self, step: int) -> int:
+        """Image tokens that the sample adds to a forward at `step`."""
+
+    @abstractmethod
+    def advance(self, step: int, latents: Tensor, prediction: Tensor, previous: Tensor | None) -> Advanced:
+        """Apply the model's prediction at `step`. Changes neither tensor.
+
+        `previous` is what the step before gave as `denoised`, None at the first step.
+        """
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +50,14 @@ class Sample:
     step: int = 0  # steps done
     denoised: Tensor | None = None
     last_turn: int = -1  # the engine's turn that stepped it last; -1 before the first
+
+    @property
+    def key(self) -> Hashable:
+        return self.plan.key(self.step)
+
+    @property
+    def cost(self) -> int:
+        return self.plan.cost(self.step)
 
     @property
     def is_done(self) -> bool:

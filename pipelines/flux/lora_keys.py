@@ -1,18 +1,24 @@
-"""The names that FLUX LoRAs give to layers.
+"""The names that FLUX LoRAs, and requests about them, give to layers and norms.
 
 Trainers name a layer as diffusers does or as Black Forest Labs' own code does
 (https://github.com/black-forest-labs/flux, model.py), with one of several prefixes, with dots or with
 underscores for dots. We list every name of every layer once; translating is a look-up.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from torch.nn import Linear
+from torch.nn import Linear, RMSNorm
 
 from pipelines.adapters.lora import Destination, Translate
+from pipelines.adapters.tensor_file import invalid, listed
 
 Targets = Mapping[str, tuple[int, int]]
+NormSizes = Mapping[str, int]
+
+# What control LoRAs widen: it reads the latents' tokens, and beside them the control image's.
+WIDE = "transformer.x_embedder"
 
 # The original's layers inside a block, and the diffusers layers whose rows they stack. The names with
 # "processor" are XLabs': 1 is the image's side, 2 the text's.
@@ -51,6 +57,17 @@ _OUTSIDE = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+# The original's norms inside a block.
+_DOUBLE_BLOCK_NORMS = {
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+}
+_SINGLE_BLOCK_NORMS = {
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
 _HALVES_SWAPPED = "final_layer.adaLN_modulation.1"  # shift then scale there, scale then shift in diffusers
 
 # By component: what may stand before a name with dots, and before one with underscores.
@@ -86,15 +103,20 @@ def targets(transformer: Any, text_encoder: Any, text_encoder_2: Any) -> Targets
     }
 
 
-def translator(targets: Targets) -> Translate:
-    """The translator for a model with these targets."""
+def norms(transformer: Any) -> NormSizes:
+    """Every norm whose weight a control LoRA may replace, "transformer.path", with the weight's size."""
+    return {
+        f"transformer.{path}": module.normalized_shape[0]
+        for path, module in transformer.named_modules()
+        if isinstance(module, RMSNorm) and module.weight is not None
+    }
+
+
+def translator(targets: Targets, norms: NormSizes = MappingProxyType({})) -> Translate:
+    """The translator for a model with these targets and norms."""
     names: dict[str, Destination] = {}
-    for component, (dotted, flat) in _PREFIXES.items():
-        for name, destination in _names(component, targets):
-            spellings = [prefix + name for prefix in dotted]
-            spellings += [prefix + name.replace(".", "_") for prefix in flat]
-            for spelling in spellings:
-                assert names.setdefault(spelling, destination) == destination, f"{spelling} is ambiguous"
+    for spelling, destination in _spellings([*targets, *norms]):
+        assert names.setdefault(spelling, destination) == destination, f"{spelling} is ambiguous"
 
     def translate(name: str) -> Destination | None:
         return names.get(name.removeprefix(_PEFT_PREFIX))
@@ -102,9 +124,48 @@ def translator(targets: Targets) -> Translate:
     return translate
 
 
-def _names(component: str, targets: Targets) -> Iterator[tuple[str, Destination]]:
+def layer_scales(wish: Mapping[str, float], targets: Targets) -> Mapping[str, float]:
+    """The scale of each target that a request's map of names to scales sets.
+
+    A name is any spelling of a layer, or the beginning of some, up to a dot: "transformer_blocks.0.attn",
+    "double_blocks.0", "diffusion_model.single_blocks". Where several fit, the one that fits the fewest
+    layers counts, of those the longest. Raises AssetError listing the names that fit none.
+    """
+    fitting: dict[str, set[str]] = {name.removeprefix(_PEFT_PREFIX): set() for name in wish}
+    for spelling, destination in _spellings(targets):
+        for beginning in _beginnings(spelling):
+            if beginning in fitting:
+                fitting[beginning].update(destination.targets)
+    layers = {name: fitting[name.removeprefix(_PEFT_PREFIX)] for name in wish}
+    if unknown := [name for name in wish if not layers[name]]:
+        raise invalid(f"The scale names layers that this model does not have: {listed(unknown)}.")
+    scales: dict[str, float] = {}
+    for name in sorted(wish, key=lambda name: (-len(layers[name]), len(name))):
+        scales |= dict.fromkeys(layers[name], wish[name])
+    return scales
+
+
+def _beginnings(spelling: str) -> Iterator[str]:
+    """ "a.b.c", "a.b", "a"."""
+    while spelling:
+        yield spelling
+        spelling = spelling.rpartition(".")[0]
+
+
+def _spellings(targets: Iterable[str]) -> Iterator[tuple[str, Destination]]:
+    """All names of all targets, with prefixes."""
+    paths: dict[str, list[str]] = {component: [] for component in _PREFIXES}
+    for target in targets:
+        component, _, path = target.partition(".")
+        paths[component].append(path)
+    for component, (dotted, flat) in _PREFIXES.items():
+        for name, destination in _names(component, paths[component]):
+            yield from ((prefix + name, destination) for prefix in dotted)
+            yield from ((prefix + name.replace(".", "_"), destination) for prefix in flat)
+
+
+def _names(component: str, paths: list[str]) -> Iterator[tuple[str, Destination]]:
     """A component's layers by all their names, without prefixes."""
-    paths = [target.removeprefix(f"{component}.") for target in targets if target.startswith(f"{component}.")]
     for path in paths:
         yield path, Destination((f"{component}.{path}",))
     if component == "transformer":
@@ -119,14 +180,18 @@ def _names(component: str, targets: Targets) -> Iterator[tuple[str, Destination]
 
 
 def _original_names(paths: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    known = set(paths)
+    blocks = (
+        ("transformer_blocks", "double_blocks", _DOUBLE_BLOCK | _DOUBLE_BLOCK_NORMS),
+        ("single_transformer_blocks", "single_blocks", _SINGLE_BLOCK | _SINGLE_BLOCK_NORMS),
+    )
     for name, path in _OUTSIDE.items():
-        if path in paths:  # some checkpoints have no guidance
+        if path in known:  # some checkpoints have no guidance
             yield name, (path,)
-    for ours, theirs, layers in (
-        ("transformer_blocks", "double_blocks", _DOUBLE_BLOCK),
-        ("single_transformer_blocks", "single_blocks", _SINGLE_BLOCK),
-    ):
+    for ours, theirs, layers in blocks:
         numbers = {path.split(".")[1] for path in paths if path.startswith(f"{ours}.")}
         for number in numbers:
             for name, parts in layers.items():
-                yield f"{theirs}.{number}.{name}", tuple(f"{ours}.{number}.{part}" for part in parts)
+                places = tuple(f"{ours}.{number}.{part}" for part in parts)
+                if known.issuperset(places):
+                    yield f"{theirs}.{number}.{name}", places

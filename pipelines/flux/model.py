@@ -1,6 +1,6 @@
-"""FLUX's resident weights: two text encoders, the transformer, the VAE."""
+"""FLUX's resident weights: two text encoders, the transformer, the VAE, and what stands beside them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -15,47 +15,78 @@ from pipelines.adapters.bank import LoraBank, LoraUse
 from pipelines.adapters.cache import Cache
 from pipelines.adapters.lora import Lora
 from pipelines.adapters.lora import load as load_lora
+from pipelines.adapters.residents import Residents
 from pipelines.base import Model
 from pipelines.engine.sample import Sample
-from pipelines.flux.lora_keys import targets, translator
+from pipelines.flux import controlnet_file, easycontrol
+from pipelines.flux.controlnet_file import ControlNetConfig
+from pipelines.flux.easycontrol import EasyControl
+from pipelines.flux.lora_keys import WIDE, norms, targets, translator
 from pipelines.flux.plan import Conditioning, FluxPlan
-from pipelines.flux.sampling import Grid, Shift, image_ids, pack, schedule, unpack
+from pipelines.flux.redux import Redux
+from pipelines.flux.sampling import Grid, Shift, Spacing, pack, schedule, unpack
+from pipelines.flux.transformer import AdaptedTransformer
 from pipelines.images import fill, to_tensor
+from pipelines.preprocess import DepthEstimator
+from schemas.errors import AssetError
 from schemas.settings import ModelSettings
 
 PREVIEW_TOKENS = 16  # the longer side of a preview, in tokens of 16 pixels
 
 
 class FluxModel(Model):
-    """The parts of a diffusers FluxPipeline, called by our own loop.
+    """The parts of a diffusers FluxPipeline, called by our own loop, and the adapters beside them.
 
     `components` is a FluxPipeline used as a container; its `__call__` is never used.
     """
 
-    def __init__(self, components: Any, settings: ModelSettings) -> None:
+    def __init__(
+        self,
+        components: Any,
+        settings: ModelSettings,
+        redux: Redux | None = None,
+        depth: DepthEstimator | None = None,
+    ) -> None:
         self.max_pixels = settings.limits.max_pixels
+        self.controlnets: Residents[Any] = Residents(settings.controlnet_bytes)
+        self.noises: Cache[Tensor] = Cache(settings.noise_bytes)  # structured ones, of inversions
+        self.targets = targets(components.transformer, components.text_encoder, components.text_encoder_2)
         self._parts = components
+        self._redux = redux
+        self._depth = depth
         self._max_sequence_length = settings.max_sequence_length
         self._device: torch.device = components.transformer.device
         self._dtype: torch.dtype = components.transformer.dtype
-        self._takes_guidance: bool = components.transformer.config.guidance_embeds
-        self._targets = targets(components.transformer, components.text_encoder, components.text_encoder_2)
-        self._translate = translator(self._targets)
+        self._norm_sizes = norms(components.transformer)
+        self._translate = translator(self.targets, self._norm_sizes)
         self._loras: Cache[Lora] = Cache(settings.lora_ram_bytes)
+        self._easycontrols: Cache[EasyControl] = Cache(settings.lora_ram_bytes)
         self._bank = LoraBank(self._linears("transformer"), settings.lora_rank)
         texts = self._linears("text_encoder") | self._linears("text_encoder_2")
         self._text_bank = LoraBank(texts, settings.lora_rank)
+        self._transformer = AdaptedTransformer(components.transformer, self._bank)
 
     @classmethod
-    def load(cls, source: Path | str, settings: ModelSettings) -> Self:
+    def load(cls, settings: ModelSettings, locate: Callable[[str], Path | str]) -> Self:
         dtype: torch.dtype = getattr(torch, settings.dtype)
-        components = FluxPipeline.from_pretrained(source, dtype=dtype)
+        components = FluxPipeline.from_pretrained(locate(settings.model), dtype=dtype)
         components.set_progress_bar_config(disable=True)
-        return cls(components.to(settings.device), settings)
+        components.to(settings.device)
+        width = components.transformer.config.joint_attention_dim
+        redux = Redux.load(locate(settings.redux), settings.device, dtype, width) if settings.redux else None
+        depth = (
+            DepthEstimator.load(locate(settings.depth), settings.device, dtype) if settings.depth else None
+        )
+        return cls(components, settings, redux, depth)
 
     @torch.inference_mode()
-    def encode_prompt(self, prompt: str, loras: Sequence[LoraUse] = ()) -> Conditioning:
-        """The T5 tokens and the pooled CLIP embedding of a prompt, with held adapters applied."""
+    def encode_prompt(
+        self, prompt: str, loras: Sequence[LoraUse] = (), pictures: Sequence[Picture] = ()
+    ) -> Conditioning:
+        """The T5 tokens and the pooled CLIP embedding of a prompt, with held adapters applied.
+
+        Redux's tokens for `pictures` follow the prompt's. Raises AssetError where there is no Redux.
+        """
         with self._text_bank.rows([loras]):
             tokens, pooled, _ = self._parts.encode_prompt(
                 prompt=prompt,
@@ -63,25 +94,55 @@ class FluxModel(Model):
                 device=self._device,
                 max_sequence_length=self._max_sequence_length,
             )
-        return Conditioning(tokens[0], pooled[0])
+        if not pictures:
+            return Conditioning(tokens[0], pooled[0])
+        if self._redux is None:
+            raise _lacking("Redux model", "redux")
+        return Conditioning(torch.cat([tokens[0], self._redux.tokens(pictures)]), pooled[0])
 
-    @torch.inference_mode()
     def encode_image(self, picture: Picture, grid: Grid) -> Tensor:
         """A picture, fitted to the grid → packed latents [tokens, 64], float32: the posterior's mode."""
+        return self.encode_pixels(self.pixels(picture, grid))
+
+    def pixels(self, picture: Picture, grid: Grid) -> Tensor:
+        """A picture, fitted to the grid → [3, height, width] in [-1, 1], in the model's dtype."""
+        return self.as_weights(to_tensor(fill(picture, grid.width, grid.height)))
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[3, height, width] in [-1, 1], sides divisible by 16 → as `encode_image`."""
         vae = self._parts.vae
-        pixels = to_tensor(fill(picture, grid.width, grid.height))[None].to(self._device, vae.dtype)
-        latents: Tensor = vae.encode(pixels).latent_dist.mode()[0].float()
+        latents: Tensor = vae.encode(pixels[None].to(self._device, vae.dtype)).latent_dist.mode()[0].float()
         return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     def read_lora(self, path: Path) -> Lora:
         """A LoRA file, kept in RAM by its content's name. Raises AssetError that names the keys."""
-        return self._loras.get(path.name, lambda: load_lora(path, self._translate, self._targets))
+
+        def load() -> Lora:
+            return load_lora(path, self._translate, self.targets, norms=self._norm_sizes, wide=WIDE)
+
+        return self._loras.get(path.name, load)
+
+    def read_easycontrol(self, path: Path) -> EasyControl:
+        """An EasyControl file, kept in RAM by its content's name. Raises AssetError that names the keys."""
+        transformer = self._parts.transformer
+        return self._easycontrols.get(path.name, lambda: easycontrol.load(path, transformer))
+
+    def load_controlnet(self, path: Path, config: ControlNetConfig | None) -> Any:
+        """A FluxControlNetModel on the model's device. Raises AssetError that names the keys."""
+        return controlnet_file.load(path, self._parts.transformer, config)
+
+    def depth_of(self, picture: Picture) -> Picture:
+        """A picture's depth, near bright. Raises AssetError where there is no depth model."""
+        if self._depth is None:
+            raise _lacking("depth model", "depth")
+        return self._depth.depth(picture)
 
     def _linears(self, component: str) -> dict[str, nn.Linear]:
         """The layers of a component that may carry a LoRA, by their names in a Lora."""
         module = getattr(self._parts, component)
         prefix = f"{component}."
-        paths = [name.removeprefix(prefix) for name in self._targets if name.startswith(prefix)]
+        paths = [name.removeprefix(prefix) for name in self.targets if name.startswith(prefix)]
         return {prefix + path: module.get_submodule(path) for path in paths}
 
     @contextmanager
@@ -98,39 +159,28 @@ class FluxModel(Model):
         config = self._parts.scheduler.config
         if not config.use_dynamic_shifting:
             return schedule(steps, None)
-        shift = Shift(
-            config.base_shift,
-            config.max_shift,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-        )
-        return schedule(steps, shift.mu(grid.tokens))
+        return self.shifted_sigmas(steps, grid, config.base_shift, config.max_shift, "even")
 
-    def to_device(self, latents: Tensor) -> Tensor:
-        """Latents as samples hold them: float32 on the model's device."""
-        return latents.to(self._device, torch.float32)
+    def shifted_sigmas(
+        self, steps: int, grid: Grid, base_shift: float, max_shift: float, spacing: Spacing
+    ) -> tuple[float, ...]:
+        """A schedule of the caller's making; the shifts are those of the checkpoint's two sizes."""
+        config = self._parts.scheduler.config
+        shift = Shift(base_shift, max_shift, config.base_image_seq_len, config.max_image_seq_len)
+        return schedule(steps, shift.mu(grid.tokens), spacing)
+
+    def as_weights(self, tensor: Tensor) -> Tensor:
+        """On the model's device in its dtype."""
+        return tensor.to(self._device, self._dtype)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """As samples hold their latents: float32 on the model's device."""
+        return tensor.to(self._device, torch.float32)
 
     def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
         plans = [plan_of(sample) for sample in samples]
-        sigmas = torch.tensor(
-            [plan.sigmas[sample.step] for plan, sample in zip(plans, samples, strict=True)],
-            device=self._device,
-        )
-        guidance = torch.tensor([plan.guidance for plan in plans], device=self._device)
-        text_length = len(plans[0].conditioning.tokens)
-        with self._bank.rows([plan.loras for plan in plans]):
-            velocity: Tensor = self._parts.transformer(
-                hidden_states=torch.stack([sample.latents for sample in samples]).to(self._dtype),
-                # diffusers rounds the timestep in thousandths to the model's dtype; so do we
-                timestep=(sigmas * 1000).to(self._dtype) / 1000,
-                guidance=guidance if self._takes_guidance else None,
-                pooled_projections=torch.stack([plan.conditioning.pooled for plan in plans]),
-                encoder_hidden_states=torch.stack([plan.conditioning.tokens for plan in plans]),
-                txt_ids=torch.zeros(text_length, 3, device=self._device, dtype=self._dtype),
-                img_ids=image_ids(plans[0].grid).to(self._device, self._dtype),
-                return_dict=False,
-            )[0]
-        return velocity.float().unbind()
+        rows = [plan.row(sample.step) for plan, sample in zip(plans, samples, strict=True)]
+        return self._transformer.predict(rows, [sample.latents for sample in samples], plans[0].grid)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
@@ -150,6 +200,10 @@ class FluxModel(Model):
         scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
         pixels: Tensor = vae.decode(scaled[None].to(vae.dtype), return_dict=False)[0]
         return pixels[0].float()
+
+
+def _lacking(what: str, setting: str) -> AssetError:
+    return AssetError(f"This server has no {what} (its setting `{setting}`).", "unsupported")
 
 
 def plan_of(sample: Sample) -> FluxPlan:

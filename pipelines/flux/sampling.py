@@ -7,8 +7,11 @@ Latents are packed into tokens: 16 channels × 2 × 2 pixels of the VAE's grid b
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 LATENT_CHANNELS = 16
@@ -98,20 +101,56 @@ class Shift:
         return self.base + slope * (tokens - self.base_tokens)
 
 
-def schedule(steps: int, mu: float | None) -> tuple[float, ...]:
-    """`steps` + 1 sigmas from 1 down to 0: evenly spaced to 1/steps, shifted, then the end.
+Spacing = Literal["even", "sgm_uniform", "beta"]
+
+# The least sigma of FLUX before shifting, by which ComfyUI ends its sgm_uniform: one of 10,000 timesteps.
+SIGMA_MIN = 1e-4
+BETA = 0.6  # both parameters of the distribution (arXiv 2407.12173), as in diffusers and ComfyUI
+
+
+def schedule(steps: int, mu: float | None, spacing: Spacing = "even") -> tuple[float, ...]:
+    """`steps` + 1 sigmas from 1 down to 0: spaced, shifted towards noise, then the end.
 
     sigma' = e^mu / (e^mu + 1/sigma - 1). None leaves them unshifted (FLUX.1 [schnell]).
+    even: down to 1/steps. sgm_uniform: steps + 1 points down to SIGMA_MIN, the last one dropped.
+    beta: quantiles of Beta(0.6, 0.6) between the ends of the even ones, dense at both.
     """
-    even = [1 - step / steps for step in range(steps)]
-    if mu is None:
-        return (*even, 0.0)
-    return (*(math.exp(mu) / (math.exp(mu) + 1 / sigma - 1) for sigma in even), 0.0)
+    least = SIGMA_MIN if spacing == "sgm_uniform" else 0
+    even = [1 - (1 - least) * step / steps for step in range(steps)]
+    shifted = even if mu is None else [math.exp(mu) / (math.exp(mu) + (1 / sigma - 1)) for sigma in even]
+    return (*(_beta(shifted) if spacing == "beta" else shifted), 0.0)
+
+
+def _beta(sigmas: list[float]) -> list[float]:
+    """As many sigmas between the same ends, at even quantiles of the beta distribution."""
+    first, last = sigmas[0], sigmas[-1]
+    quantiles = np.linspace(1, 0, len(sigmas)) if len(sigmas) > 1 else np.ones(1)
+    return [last + (first - last) * float(each) for each in betaincinv(BETA, BETA, quantiles)]
 
 
 def euler(latents: Tensor, velocity: Tensor, sigma: float, following: float) -> Tensor:
     """One Euler step of the probability flow from `sigma` to `following`."""
     return latents + (following - sigma) * velocity
+
+
+def dpmpp_2m(
+    latents: Tensor,
+    denoised: Tensor,
+    previous: Tensor | None,
+    sigmas: tuple[float, float, float],
+) -> Tensor:
+    """One step of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) with lambda = -ln sigma.
+
+    `denoised` is the estimate here and `previous` that of the step before, None for the first;
+    `sigmas` are those of the step before, of here, and of where the step leads. The first step and one
+    to 0 are Euler's.
+    """
+    before, sigma, following = sigmas
+    target = denoised
+    if previous is not None and following > 0:
+        ratio = math.log(before / sigma) / math.log(sigma / following)
+        target = denoised + (denoised - previous) / (2 * ratio)
+    return target + (following / sigma) * (latents - target)
 
 
 def noised(picture: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -128,3 +167,36 @@ def remaining(sigmas: tuple[float, ...], strength: float) -> tuple[float, ...]:
 def denoised(latents: Tensor, velocity: Tensor, sigma: float) -> Tensor:
     """The picture that the model sees from here: z = x - sigma·v."""
     return latents - sigma * velocity
+
+
+# RF inversion (arXiv 2410.10792): between a picture z and noise, two fields are mixed, the model's own
+# and the straight way to where one wants to arrive.
+
+
+def drawn_to_noise(latents: Tensor, velocity: Tensor, noise: Tensor, sigma: float, gamma: float) -> Tensor:
+    """The field of the inversion (algorithm 1): the model's at gamma 0, straight to `noise` at 1."""
+    return velocity + gamma * ((noise - latents) / (1 - sigma) - velocity)
+
+
+def drawn_to_picture(latents: Tensor, velocity: Tensor, picture: Tensor, sigma: float, eta: float) -> Tensor:
+    """The field of the reverse pass (algorithm 2) as a velocity: straight from `picture` at eta 1."""
+    return velocity + eta * ((latents - picture) / sigma - velocity)
+
+
+Shape = Literal["constant", "linear_increase", "linear_decrease"]
+
+
+def etas(steps: int, eta: float, start: int, end: int, shape: Shape) -> tuple[float, ...]:
+    """Eta at each step: 0 outside [start, end), inside constant or linear between 0 and `eta`."""
+    last = min(end, steps) - 1
+    return tuple(
+        eta * _slope(step - start, last - start, shape) if start <= step <= last else 0.0
+        for step in range(steps)
+    )
+
+
+def _slope(index: int, last: int, shape: Shape) -> float:
+    """The part of eta that the step `index` of 0 … `last` gets; all of it where there is one step only."""
+    if shape == "constant" or last == 0:
+        return 1.0
+    return index / last if shape == "linear_increase" else 1 - index / last

@@ -19,6 +19,8 @@ RECIPE = 1
 
 _BUILDERS = {
     "flux": "pipelines.zoo.flux",
+    "flux-redux": "pipelines.zoo.redux",
+    "depth-anything": "pipelines.zoo.depth",
     "safety-checker": "pipelines.zoo.safety",
 }
 

@@ -4,9 +4,10 @@ The names stand here a second time on purpose: they are what the files of others
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +25,9 @@ _IMAGE_QKV = ("to_q", "to_k", "to_v")
 _TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def draw(shapes: Shapes, rank: int = RANK, dtype: torch.dtype = torch.float32) -> dict[str, LoraLayer]:
+def draw(
+    shapes: Shapes, rank: int = RANK, dtype: torch.dtype = torch.float32, *, biased: bool = False
+) -> dict[str, LoraLayer]:
     """A random LoRA on every layer, alpha not yet applied; layers that some spelling fuses share `down`."""
     generator = torch.Generator("cpu").manual_seed(11)
     downs: dict[str, Tensor] = {}
@@ -33,8 +36,16 @@ def draw(shapes: Shapes, rank: int = RANK, dtype: torch.dtype = torch.float32) -
         group = fused_into(target)
         if group not in downs:
             downs[group] = torch.randn(rank, columns, generator=generator).to(dtype)
-        layers[target] = LoraLayer(downs[group], torch.randn(rows, rank, generator=generator).to(dtype) / 8)
+        up = torch.randn(rows, rank, generator=generator).to(dtype) / 8
+        bias = torch.randn(rows, generator=generator).to(dtype) / 8 if biased else None
+        layers[target] = LoraLayer(downs[group], up, bias)
     return layers
+
+
+def draw_norms(sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Random weights around 1."""
+    generator = torch.Generator("cpu").manual_seed(12)
+    return {name: 1 + torch.randn(size, generator=generator) / 4 for name, size in sizes.items()}
 
 
 def fused_into(target: str) -> str:
@@ -49,12 +60,15 @@ def fused_into(target: str) -> str:
 
 def folded(layers: Layers, rank: int = RANK) -> dict[str, LoraLayer]:
     """The same LoRA with alpha applied, as it should load."""
-    return {
-        target: LoraLayer(layer.down, layer.up.float() * (ALPHA / rank)) for target, layer in layers.items()
-    }
+    return {target: scaled(layer, ALPHA / rank) for target, layer in layers.items()}
 
 
-def original_names(layers: Layers) -> Iterator[Named]:
+def scaled(layer: LoraLayer, scale: float) -> LoraLayer:
+    bias = None if layer.bias is None else layer.bias.float() * scale
+    return LoraLayer(layer.down, layer.up.float() * scale, bias)
+
+
+def original_names(layers: Collection[str]) -> Iterator[Named]:
     """The transformer's layers as Black Forest Labs' code names them."""
     embedders = {"time_in": "timestep", "vector_in": "text", "guidance_in": "guidance"}
     for theirs, ours in embedders.items():
@@ -83,7 +97,7 @@ def original_names(layers: Layers) -> Iterator[Named]:
         yield f"{theirs}.modulation.lin", (f"{ours}.norm.linear",)
 
 
-def xlabs_names(layers: Layers) -> Iterator[Named]:
+def xlabs_names(layers: Collection[str]) -> Iterator[Named]:
     """XLabs' trainer knows the attention only, as processors of the original code's blocks."""
     for number in range(_blocks(layers, "transformer_blocks")):
         attention = f"transformer.transformer_blocks.{number}.attn"
@@ -99,10 +113,27 @@ def xlabs_names(layers: Layers) -> Iterator[Named]:
         yield f"{theirs}.proj_lora", (f"{ours}.proj_out",)
 
 
-def own_names(component: str) -> Callable[[Layers], Iterator[Named]]:
+def original_norm_names(norms: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Norms as Black Forest Labs' code names them, and as diffusers does."""
+    sides = {
+        "norm_q": "img_attn",
+        "norm_k": "img_attn",
+        "norm_added_q": "txt_attn",
+        "norm_added_k": "txt_attn",
+    }
+    for norm in norms:
+        _, kind, number, _, last = norm.split(".")
+        theirs = "query_norm" if last.endswith("q") else "key_norm"
+        if kind == "transformer_blocks":
+            yield f"double_blocks.{number}.{sides[last]}.norm.{theirs}", norm
+        else:
+            yield f"single_blocks.{number}.norm.{theirs}", norm
+
+
+def own_names(component: str) -> Callable[[Collection[str]], Iterator[Named]]:
     """One component's layers as diffusers and transformers name them."""
 
-    def names(layers: Layers) -> Iterator[Named]:
+    def names(layers: Collection[str]) -> Iterator[Named]:
         for target in layers:
             if target.startswith(f"{component}."):
                 yield target.removeprefix(f"{component}."), (target,)
@@ -110,12 +141,12 @@ def own_names(component: str) -> Callable[[Layers], Iterator[Named]]:
     return names
 
 
-def _blocks(layers: Layers, kind: str) -> int:
+def _blocks(layers: Collection[str], kind: str) -> int:
     return len({target.split(".")[2] for target in layers if target.startswith(f"transformer.{kind}.")})
 
 
 _transformer, _clip, _t5 = own_names("transformer"), own_names("text_encoder"), own_names("text_encoder_2")
-Source = tuple[str, Callable[[Layers], Iterator[Named]]]  # a prefix, and the names behind it
+Source = tuple[str, Callable[[Collection[str]], Iterator[Named]]]  # a prefix, and the names behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +225,20 @@ def spell(spelling: Spelling, layers: Layers) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     down_suffix, up_suffix = spelling.suffixes
     for name, parts in named(spelling, layers).items():
-        down, ups = layers[parts[0]].down, [layers[part].up for part in parts]
-        rank = len(down)
+        each = [layers[part] for part in parts]
         if not spelling.alpha:
-            ups = [up.float() * (ALPHA / rank) for up in ups]
+            each = [scaled(layer, ALPHA / layer.rank) for layer in each]
+        down, ups = each[0].down, [layer.up for layer in each]
         if spelling.block_diagonal:
             down, up = torch.cat([down] * len(parts)), torch.block_diag(*ups)  # type: ignore[no-untyped-call]
         else:
             up = torch.cat(ups)
+        biases = [layer.bias for layer in each if layer.bias is not None]
+        bias = torch.cat(biases) if biases else None
         if name.replace(".", "_").endswith("final_layer_adaLN_modulation_1"):
-            scale, shift = up.chunk(2)
-            up = torch.cat([shift, scale])
+            up, bias = _swapped(up), None if bias is None else _swapped(bias)
+        if bias is not None:
+            tensors[name + up_suffix.replace("weight", "bias")] = bias
         if spelling.convolutions:
             down, up = down[..., None, None], up[..., None, None]
         if spelling.alpha == "keys":
@@ -214,15 +248,37 @@ def spell(spelling: Spelling, layers: Layers) -> dict[str, Tensor]:
     return tensors
 
 
-def write(path: Path, spelling: Spelling, layers: Layers) -> Path:
+def _swapped(rows: Tensor) -> Tensor:
+    scale, shift = rows.chunk(2)
+    return torch.cat([shift, scale])
+
+
+def spell_norms(spelling: Spelling, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of norms beside the transformer's layers in such a file."""
+    (prefix, names), *_ = spelling.sources
+    if names is original_names:
+        return {f"{prefix}{name}.scale": norms[norm] for name, norm in original_norm_names(norms)}
+    return {f"{prefix}{norm.removeprefix('transformer.')}.weight": weight for norm, weight in norms.items()}
+
+
+def write(
+    path: Path, spelling: Spelling, layers: Layers, norms: Mapping[str, Tensor] = MappingProxyType({})
+) -> Path:
     """The file; as many layers of the LoRA as the spelling has names for."""
     notes = {"format": "pt"}
     if spelling.alpha == "notes":
         modules = [
             target.removeprefix("transformer.") for target in layers if target.startswith("transformer.")
         ]
-        settings = {"r": RANK, "lora_alpha": ALPHA, "use_rslora": False, "target_modules": modules}
-        settings = {f"transformer.{key}": value for key, value in settings.items()}
-        notes["lora_adapter_metadata"] = json.dumps(settings)
-    save_file(spell(spelling, layers), path, notes)
+        biased = any(layer.bias is not None for layer in layers.values())
+        settings = {
+            "r": RANK,
+            "lora_alpha": ALPHA,
+            "use_rslora": False,
+            "lora_bias": biased,
+            "target_modules": modules,
+        }
+        named_settings = {f"transformer.{key}": value for key, value in settings.items()}
+        notes["lora_adapter_metadata"] = json.dumps(named_settings)
+    save_file(spell(spelling, layers) | spell_norms(spelling, norms), path, notes)
     return path

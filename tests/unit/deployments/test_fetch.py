@@ -546,6 +546,49 @@ def test_an_own_file_is_known_by_host_and_path(source: str, base_url: str, key: 
     assert own_key(source, base_url) == key
 
 
+# -- configs
+
+
+async def test_a_config_is_a_json_object_from_anywhere(files: FileStore, site: Site) -> None:
+    config = b'{"num_layers": 5}'
+    site.answers["/config.json"] = ok(config)
+    key = await files.save(config, "image/png")  # its content counts, not its name
+    fetcher = Fetcher(files, settings())
+    inline = f"data:application/json;base64,{base64.b64encode(config).decode()}"
+    for source in (site.url("/config.json"), f"{BASE}/files/{key}", inline):
+        assert await fetcher.config(source, BASE) == config
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"<!doctype html><html>", "this is no JSON"),
+        (b"", "this is no JSON"),
+        (b'{"a": 1', "this is no JSON"),
+        (b'{"a": NaN}', "this is no JSON"),
+        (b'{"a": "\xff"}', "this is no JSON"),
+        (b"[" * 50_000 + b"]" * 50_000, "this is no JSON"),  # deeper than anyone reads
+        (b"[]", "another JSON value"),
+        (b"null", "another JSON value"),
+    ],
+)
+async def test_what_is_no_config_is_refused(files: FileStore, site: Site, body: bytes, why: str) -> None:
+    site.answers["/x"] = ok(body)
+    with pytest.raises(AssetError, match=f"must be a JSON object.*{why}") as failed:
+        await Fetcher(files, settings(max_config_bytes=200_000)).config(site.url("/x"), BASE)
+    assert failed.value.kind == "file_download_error"
+
+
+async def test_a_config_has_a_limit_of_its_own(files: FileStore, site: Site) -> None:
+    body = b"{" + b" " * 64 + b"}"
+    site.answers["/x"] = ok(body)
+    for source in (site.url("/x"), f"data:,{body.decode()}"):
+        assert await Fetcher(files, settings(max_config_bytes=66)).config(source, BASE) == body
+        with pytest.raises(AssetError) as failed:
+            await Fetcher(files, settings(max_config_bytes=65)).config(source, BASE)
+        assert (failed.value.kind, failed.value.ctx) == ("file_too_large", {"max_size": 65})
+
+
 # -- data URIs
 
 ALL_BYTES = bytes(range(256))

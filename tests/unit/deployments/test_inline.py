@@ -11,6 +11,7 @@ from PIL import Image
 
 from deployments.files.store import open_files
 from deployments.gateway.inline import KEEP_CHARACTERS, stored
+from schemas.endpoints import flux_general_rf_inversion as general
 from schemas.endpoints.flux_lora_image_to_image import Input
 from schemas.errors import InputError
 
@@ -45,6 +46,28 @@ async def test_a_long_data_uri_becomes_a_file_of_what_it_really_is(
     kept = await files.open(url.removeprefix(f"{BASE}/files/"))
     assert b"".join([chunk async for chunk in kept.chunks]) == data
     assert document["prompt"] == "x"
+
+
+async def test_a_picture_in_several_fields_is_kept_once(tmp_path: Path) -> None:
+    uri, other = data_uri(picture("PNG")), data_uri(picture("WEBP"))
+    request = general.Input.model_validate(
+        {
+            "prompt": "x",
+            "image_url": uri,
+            "reference_image_url": other,
+            "control_loras": [{"path": "a", "control_image_url": uri}],
+        }
+    )
+    files = open_files(f"file://{tmp_path}/files")
+    document = await stored(request, request.model_dump(mode="json"), files, BASE, 10**6)
+    assert document["control_loras"][0] == {
+        "path": "a",
+        "scale": 1,
+        "control_image_url": document["image_url"],
+        "preprocess": "None",
+    }
+    assert document["image_url"].endswith("png") and document["reference_image_url"].endswith("webp")
+    assert len(list((tmp_path / "files").iterdir())) == 2
 
 
 @pytest.mark.parametrize("image_url", ["https://example.com/a.png", data_uri(b"x" * 99)])

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,12 @@ from deployments.files import weights as module
 from deployments.files.fetch import Fetcher
 from deployments.files.store import open_files
 from deployments.files.weights import Lease, Weights
+from schemas.assets import Asset, AssetKind
 from schemas.errors import AssetError
-from schemas.settings import FetchSettings, WeightSettings
+from schemas.settings import EASYCONTROLS, FetchSettings, WeightSettings
+from tests.support.fields import shows
+from tests.support.hub import Hub, serving
+from tests.support.rf_inversion import RF
 
 BASE = "http://box:8000"
 
@@ -52,52 +55,9 @@ def safetensors(size: int = 0, fill: bytes = b"x") -> bytes:
     return len(header).to_bytes(8, "little") + header + fill * size
 
 
-class Hub:
-    """A server of files and of the Hub's two addresses, which counts what it is asked."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.asked: Counter[str] = Counter()
-        self.statuses: Counter[int] = Counter()
-        self.has_tags = True
-        self.pause_s = 0.0
-        self.url = ""
-
-    def put(self, repo: str, **files: bytes) -> None:
-        names = {name.replace("__", "/") + ".safetensors": data for name, data in files.items()}
-        siblings = [{"rfilename": name} for name in ("README.md", *names)]
-        self.files[f"/api/models/{repo}"] = json.dumps({"id": repo, "siblings": siblings}).encode()
-        self.files |= {f"/{repo}/resolve/main/{name}": data for name, data in names.items()}
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            path = head.split()[1]
-            self.asked[path] += 1
-            await asyncio.sleep(self.pause_s)
-            writer.write(self.answer(path, head))
-            await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client went away
-        finally:
-            writer.close()
-
-    def answer(self, path: str, head: str) -> bytes:
-        body = self.files.get(path)
-        tag = f'"{hashlib.md5(body or b"").hexdigest()}"'
-        status = 404 if body is None else 304 if self.has_tags and tag in head else 200
-        self.statuses[status] += 1
-        etag = f"ETag: {tag}\r\n" if self.has_tags else ""
-        sent = body if status == 200 and body else b""
-        return f"HTTP/1.1 {status} X\r\n{etag}Content-Length: {len(sent)}\r\n\r\n".encode() + sent
-
-
 @pytest.fixture
 async def hub() -> AsyncIterator[Hub]:
-    hub = Hub()
-    server = await asyncio.start_server(hub.serve, "127.0.0.1", 0)
-    hub.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server:
+    async with serving() as hub:
         yield hub
 
 
@@ -130,16 +90,30 @@ def name_of(data: bytes) -> str:
     return f"{hashlib.sha256(data).hexdigest()}.safetensors"
 
 
-async def get(weights: Weights, source: str, base_url: str = BASE) -> Lease:
-    return await weights.locate(source, base_url, lambda line: None)
+Source = str | Asset  # a word alone means a LoRA
 
 
-async def read(weights: Weights, source: str) -> bytes:
+def controlnet(source: str, variant: str | None = None) -> Asset:
+    return Asset(AssetKind.CONTROLNET, source, variant)
+
+
+def easycontrol(source: str) -> Asset:
+    return Asset(AssetKind.EASYCONTROL, source)
+
+
+async def get(weights: Weights, source: Source, base_url: str = BASE) -> Lease:
+    asset = source if isinstance(source, Asset) else Asset(AssetKind.LORA, source)
+    return await weights.locate(asset, base_url, lambda line: None)
+
+
+async def read(weights: Weights, source: Source) -> bytes:
     with await get(weights, source) as path:
         return path.read_bytes()
 
 
-async def fails(weights: Weights, source: str, *words: str, kind: str = "file_download_error") -> AssetError:
+async def fails(
+    weights: Weights, source: Source, *words: str, kind: str = "file_download_error"
+) -> AssetError:
     with pytest.raises(AssetError) as failed:
         await get(weights, source)
     assert failed.value.kind == kind
@@ -186,6 +160,94 @@ async def test_the_hub_is_asked_for_the_one_file(place: Place, hub: Hub) -> None
     await fails(weights, "ann/odd", "could not be read")
 
 
+@shows(RF, "controlnets.variant", "controlnet_unions.variant")
+async def test_each_kind_of_weights_has_its_usual_file(place: Place, hub: Hub) -> None:
+    fp16 = {"diffusion_pytorch_model.fp16": safetensors(2)}
+    hub.put("ann/all", diffusion_pytorch_model=safetensors(1), pytorch_lora_weights=safetensors(3), **fp16)
+    hub.put("ann/two", a=safetensors(4), b=safetensors(5))
+    hub.put("ann/one", flux_canny=safetensors(6))  # as the repositories of XLabs
+    weights = place.open()
+    for _ in range(2):  # from the hub, and by the records
+        assert await read(weights, controlnet("ann/all")) == safetensors(1)
+        assert await read(weights, controlnet("ann/all", "fp16")) == safetensors(2)
+        assert await read(weights, "ann/all") == safetensors(3)
+        assert await read(weights, easycontrol("ann/all")) == safetensors(3)
+        assert await read(weights, controlnet("ann/one")) == safetensors(6)
+    assert all(count == 1 for path, count in hub.asked.items() if "resolve" in path)
+    await fails(
+        weights, controlnet("ann/two"), "Say which file: ann/two/a.safetensors, ann/two/b.safetensors"
+    )
+
+
+async def test_a_variant_that_is_not_there_is_refused_with_the_files_that_are(place: Place, hub: Hub) -> None:
+    fp16 = {"diffusion_pytorch_model.fp16": safetensors(1)}
+    hub.put("ann/net", diffusion_pytorch_model=safetensors(2), **fp16)
+    hub.put("ann/one", net=safetensors(3))
+    hub.put("ann/none")
+    weights = place.open()
+    await fails(
+        weights,
+        controlnet("ann/net", "bf16"),
+        "no variant bf16",
+        "ann/net/diffusion_pytorch_model.fp16.safetensors, ann/net/diffusion_pytorch_model.safetensors",
+    )
+    await fails(weights, controlnet("ann/one", "fp16"), "no variant fp16", "ann/one/net.safetensors")
+    await fails(weights, controlnet("ann/none", "fp16"), "no .safetensors file at its top")
+
+
+async def test_a_variant_of_what_is_one_file_says_nothing(place: Place, hub: Hub) -> None:
+    local = place.folder / "mine.safetensors"
+    local.write_bytes(safetensors(1))
+    hub.put("ann/net", diffusion_pytorch_model=safetensors(2))
+    hub.files["/x"] = safetensors(3)
+    weights = place.open(names={"mine": str(local), "net": "ann/net"})
+    assert await read(weights, controlnet("mine", "fp16")) == safetensors(1)
+    assert await read(weights, controlnet("net", "fp16")) == safetensors(2)
+    file = "ann/net/diffusion_pytorch_model.safetensors"
+    assert await read(weights, controlnet(file, "fp16")) == safetensors(2)
+    assert await read(weights, controlnet(f"{hub.url}/x", "fp16")) == safetensors(3)
+
+
+async def test_one_file_for_several_uses_is_one_download(place: Place, hub: Hub) -> None:
+    hub.files["/x"] = safetensors(1)
+    hub.put("ann/one", lora=safetensors(2))
+    hub.pause_s = 0.05
+    weights = place.open()
+    for source in (f"{hub.url}/x", "ann/one/lora.safetensors"):
+        uses = (source, controlnet(source), controlnet(source, "fp16"), easycontrol(source))
+        assert len(set(await asyncio.gather(*(read(weights, use) for use in uses)))) == 1
+    assert len(hub.asked) == 2 and set(hub.asked.values()) == {1}
+
+
+async def test_the_control_methods_have_names(place: Place, hub: Hub) -> None:
+    hub.put("Xiaojiu-Z/EasyControl", models__canny=safetensors(1), models__Ghibli=safetensors(2))
+    hub.files["/x"] = safetensors(3)
+    mine = place.folder / "mine.safetensors"
+    mine.write_bytes(safetensors(4))
+    weights = place.open(names={"mine": str(mine), "canny": str(mine)})
+    assert await read(weights, easycontrol("canny")) == safetensors(1)
+    assert await read(weights, easycontrol("ghibli")) == safetensors(2)
+    assert await read(weights, easycontrol(f"{hub.url}/x")) == safetensors(3)
+    assert await read(weights, easycontrol("mine")) == await read(weights, "canny") == safetensors(4)
+    listed = ", ".join(sorted(EASYCONTROLS))
+    for word in ("cany", "Canny", "scribble"):
+        await fails(weights, easycontrol(word), "unknown control method", f"built-in method ({listed})")
+    for other in ("depth", controlnet("depth")):
+        await fails(weights, other, "No weights are known by this name", "names (canny, mine)")
+    own = place.open(easycontrols={"mine": str(mine)})
+    assert await read(own, easycontrol("mine")) == safetensors(4)
+    await fails(own, easycontrol("canny"), "built-in method (mine)")
+
+
+async def test_without_the_hub_only_the_operators_control_methods_are_known(place: Place, hub: Hub) -> None:
+    hub.files["/x"] = safetensors(1)
+    weights = place.open(hub=False, easycontrols=EASYCONTROLS | {"canny": f"{hub.url}/x"})
+    assert await read(weights, easycontrol("canny")) == safetensors(1)
+    await fails(weights, easycontrol("depth"), "unknown control method", "built-in method (canny)")
+    failed = await fails(place.open(hub=False), easycontrol("depth"), "unknown control method")
+    assert "built-in" not in failed.message and set(hub.asked) == {"/x"}
+
+
 async def test_without_the_hub_an_id_is_no_name(place: Place, hub: Hub) -> None:
     hub.put("ann/one", lora=safetensors(1))
     failed = await fails(place.open(hub=False), "ann/one", "an https URL")
@@ -221,6 +283,8 @@ async def test_an_operators_file_that_changed_is_read_again(place: Place) -> Non
 async def test_a_name_that_leads_nowhere_stops_the_start(place: Place, target: str) -> None:
     with pytest.raises(ValueError, match="weights.names.mine"):
         place.open(names={"mine": target})
+    with pytest.raises(ValueError, match="weights.easycontrols.mine"):
+        place.open(easycontrols={"mine": target})
 
 
 async def test_a_cache_elsewhere_stops_the_start(place: Place) -> None:
@@ -239,6 +303,7 @@ async def test_own_files_are_read_without_http(place: Place, hub: Hub, seen: lis
     assert not any(each.startswith("network") for each in seen)
 
 
+KINDS = [AssetKind.LORA, AssetKind.CONTROLNET, AssetKind.EASYCONTROL]
 OUTSIDE = [
     "",
     " ",
@@ -330,7 +395,8 @@ OUTSIDE = [
 async def test_no_other_string_opens_or_asks_for_anything(place: Place, seen: list[str]) -> None:
     weights = place.open(fetch={"allowed_networks": (), "allowed_ports": (443,)})
     assert len(set(OUTSIDE)) >= 60
-    for source in OUTSIDE:
+    words = (Asset(kind, word) for kind in KINDS for word in OUTSIDE)
+    for source in words:
         seen.clear()
         failed = await fails(weights, source)
         assert "on the Hub" not in failed.message, repr(source)
@@ -389,8 +455,9 @@ async def test_fifty_callers_share_one_download(place: Place, hub: Hub) -> None:
     hub.put("ann/one", lora=safetensors(2**20))
     hub.pause_s = 0.05
     weights = place.open()
+    asset = Asset(AssetKind.LORA, "ann/one")
     lines: list[list[str]] = [[] for _ in range(50)]
-    leases = await asyncio.gather(*(weights.locate("ann/one", BASE, each.append) for each in lines))
+    leases = await asyncio.gather(*(weights.locate(asset, BASE, each.append) for each in lines))
     assert len({lease.path for lease in leases}) == 1 and set(hub.asked.values()) == {1}
     assert all(each == ["downloading ann/one: 0 of 1 MB"] for each in lines)
     for lease in leases:

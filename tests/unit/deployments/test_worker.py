@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from deployments.files.store import FileStore, open_files
 from deployments.worker import Worker
 from pipelines import zoo
+from pipelines.base import Assets
+from pipelines.registry import ENDPOINTS, endpoint
+from schemas.endpoints import flux_general_rf_inversion as general
 from schemas.endpoints.flux_dev import Input, Output
-from schemas.errors import RequestFailed
+from schemas.errors import InputError, RequestFailed
 from schemas.jobs import Job, JobResult, Logged, Previewed, Update
-from schemas.settings import Limits, ModelSettings, WeightSettings
+from schemas.settings import FetchSettings, Limits, ModelSettings, WeightSettings
+from tests.support.fields import TestT, shows
+from tests.support.hub import serving
 from tests.support.jobs import ENDPOINT, make_job
 
 FIELDS = {"prompt": "x", "image_size": {"width": 64, "height": 48}, "num_inference_steps": 2, "seed": 5}
@@ -84,6 +90,46 @@ def picture(url: str) -> Image.Image:
     return image
 
 
+def png(size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_uri(size: tuple[int, int]) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(size)).decode()}"
+
+
+def has(endpoint_id: str, field: str) -> bool:
+    return field in endpoint(endpoint_id).input_type().model_fields
+
+
+def shows_everywhere(field: str) -> Callable[[TestT], TestT]:
+    """`shows` for every endpoint that has the field."""
+
+    def mark(test: TestT) -> TestT:
+        for endpoint_id in ENDPOINTS:
+            if has(endpoint_id, field):
+                test = shows(endpoint_id, field)(test)
+        return test
+
+    return mark
+
+
+EVERY = pytest.mark.parametrize("endpoint_id", ENDPOINTS)
+
+
+async def answer(
+    make_worker: Make, endpoint_id: str, settings: dict[str, Any] | None = None, **fields: Any
+) -> dict[str, Any]:
+    """What an endpoint answers to a request for a picture of 64 × 48."""
+    worker = make_worker(endpoints=(endpoint_id,), **(settings or {}))
+    known = FIELDS | ({"image_url": data_uri((64, 48))} if has(endpoint_id, "image_url") else {})
+    *_, last = await updates(worker, make_job(endpoint_id=endpoint_id, input=known | fields))
+    assert last.result is not None
+    return last.result.output()
+
+
 async def test_every_step_is_told_once_and_the_result_comes_last(make_worker: Make) -> None:
     told = await updates(make_worker(), make_job(input=FIELDS | {"num_inference_steps": 6}))
     steps = [line for line in lines(told) if line.startswith("step")]
@@ -112,26 +158,43 @@ async def test_pictures_are_kept_and_their_urls_lead_to_the_callers_server(
     assert output.seed == 5
 
 
+@shows_everywhere("sync_mode")
+@EVERY
 async def test_sync_mode_puts_the_picture_into_the_answer_and_not_into_the_store(
-    make_worker: Make, tmp_path: Path
+    make_worker: Make, tmp_path: Path, endpoint_id: str
 ) -> None:
-    output = (await result(make_worker(), sync_mode=True)).output()
-    with picture(output["images"][0]["url"]) as image:
+    stored, inline = [
+        (await answer(make_worker, endpoint_id, sync_mode=mode))["images"][0]["url"] for mode in (False, True)
+    ]
+    assert stored.startswith("file://")
+    with picture(inline) as image:
         assert image.size == (64, 48)
-    assert list((tmp_path / "files").iterdir()) == []
+    assert len(list((tmp_path / "files").iterdir())) == 1
 
 
+@shows_everywhere("output_format")
+@pytest.mark.parametrize("format", ["jpeg", "png"])
+@pytest.mark.parametrize("endpoint_id", [each for each in ENDPOINTS if has(each, "output_format")])
+async def test_pictures_are_in_the_format_asked_for(make_worker: Make, endpoint_id: str, format: str) -> None:
+    output = await answer(make_worker, endpoint_id, sync_mode=True, output_format=format)
+    assert output["images"][0]["content_type"] == f"image/{format}"
+    with picture(output["images"][0]["url"]) as image:
+        assert image.format == format.upper()
+
+
+@shows_everywhere("enable_safety_checker")
+@EVERY
 async def test_unsafe_pictures_are_black_flagged_and_of_the_same_size(
-    make_worker: Make, flag_all_folder: Path
+    make_worker: Make, flag_all_folder: Path, endpoint_id: str
 ) -> None:
-    worker = make_worker(safety_checker=str(flag_all_folder))
-    checked = (await result(worker, sync_mode=True, num_images=2)).output()
+    strict = {"safety_checker": str(flag_all_folder)}
+    checked = await answer(make_worker, endpoint_id, strict, sync_mode=True, num_images=2)
     assert checked["has_nsfw_concepts"] == [True, True]
     for each in checked["images"]:
         with picture(each["url"]) as image:
             assert image.size == (64, 48)
             assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
-    unchecked = (await result(worker, sync_mode=True, enable_safety_checker=False)).output()
+    unchecked = await answer(make_worker, endpoint_id, strict, sync_mode=True, enable_safety_checker=False)
     assert unchecked["has_nsfw_concepts"] == [False]
     with picture(unchecked["images"][0]["url"]) as image:
         assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
@@ -229,12 +292,6 @@ async def test_a_direct_call_is_typed_and_raises(make_worker: Make) -> None:
 REMAKE = "fal-ai/flux-lora/image-to-image"
 
 
-def data_uri(size: tuple[int, int]) -> str:
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").resize(size).convert("RGB").save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 @pytest.fixture
 def lora_file(flux_folder: Path, tmp_path: Path) -> Path:
     transformer = FluxTransformer2DModel.from_pretrained(flux_folder, subfolder="transformer")
@@ -304,6 +361,60 @@ async def test_a_picture_that_is_none_is_refused_with_fals_word_for_it(
     refused = await remake(image_url=image_url)
     [fault] = refused.body["detail"]
     assert (fault["loc"], fault["type"]) == (["body", "image_url"], kind)
+
+
+Fetch = Callable[[dict[str, Any]], Awaitable[Assets]]
+
+
+@pytest.fixture
+def fetch(make_worker: Make, tmp_path: Path) -> Fetch:
+    """What a worker fetches for a request of many files."""
+    worker = make_worker(
+        fetch=FetchSettings(allowed_networks=("127.0.0.0/8",), allowed_ports=()),
+        weights=WeightSettings(cache=f"file://{tmp_path}/weights"),
+    )
+
+    async def fetched(fields: dict[str, Any]) -> Assets:
+        request = general.Input.model_validate({"prompt": "x"} | fields)
+        async with AsyncExitStack() as stack:
+            return await worker._fetch(make_job(), request, stack, lambda event: None)
+
+    return fetched
+
+
+async def test_every_file_is_fetched_once_for_all_fields_that_name_it(fetch: Fetch) -> None:
+    async with serving() as hub:
+        cat, net, config = (f"{hub.url}/{name}" for name in ("cat.png", "net.safetensors", "config.json"))
+        hub.files = {"/cat.png": png((8, 6)), "/config.json": b'{"num_layers": 1}'}
+        hub.files["/net.safetensors"] = save({"a": torch.zeros(1)})
+        control = {"path": net, "config_url": config, "control_image_url": cat}
+        files = await fetch({"image_url": cat, "loras": [{"path": net}], "controlnets": [control] * 2})
+        assert hub.asked == {"/cat.png": 1, "/net.safetensors": 1, "/config.json": 1}
+    controls = [("body", "controlnets", index) for index in range(2)]
+    assert set(files.images) == {("body", "image_url"), *((*loc, "control_image_url") for loc in controls)}
+    assert {picture.size for picture in files.images.values()} == {(8, 6)}
+    assert len({id(picture) for picture in files.images.values()}) == 1
+    assert set(files.weights) == {("body", "loras", 0, "path"), *((*loc, "path") for loc in controls)}
+    assert files.configs == {(*loc, "config_url"): b'{"num_layers": 1}' for loc in controls}
+
+
+async def test_a_file_that_is_none_is_named_by_all_its_fields(fetch: Fetch) -> None:
+    async with serving() as hub:
+        page, lost = f"{hub.url}/page", f"{hub.url}/lost"
+        hub.files["/page"] = b"<!doctype html>"
+        control = {"path": page, "config_url": page, "control_image_url": lost}
+        with pytest.raises(InputError) as raised:
+            await fetch({"image_url": lost, "controlnets": [control], "loras": [{"path": page}]})
+        assert hub.asked["/lost"] == 1
+    net = ("body", "controlnets", 0)
+    faults = {fault.loc: fault.type for fault in raised.value.fields}
+    assert faults == {
+        ("body", "image_url"): "file_download_error",
+        ("body", "loras", 0, "path"): "file_download_error",
+        (*net, "path"): "file_download_error",
+        (*net, "config_url"): "file_download_error",
+        (*net, "control_image_url"): "file_download_error",
+    }
 
 
 def test_one_model_serves_one_family_and_only_known_endpoints(make_worker: Make) -> None:

@@ -37,26 +37,30 @@ def make_bank(net: Net, rank: int = 16) -> LoraBank:
     return LoraBank({"a": net.a, "b": net.b}, rank)
 
 
-def make_lora(seed: int, rank: int = 3, targets: Sequence[str] = TARGETS) -> Lora:
+def make_lora(seed: int, rank: int = 3, targets: Sequence[str] = TARGETS, biased: Sequence[str] = ()) -> Lora:
     generator = torch.Generator().manual_seed(seed)
     sizes = {"a": (8, 6), "b": (4, 8)}
     layers = {
         name: LoraLayer(
             torch.randn(rank, sizes[name][1], generator=generator),
             torch.randn(sizes[name][0], rank, generator=generator),
+            torch.randn(sizes[name][0], generator=generator) if name in biased else None,
         )
         for name in targets
     }
     return Lora(layers)
 
 
-def merged(net: Net, wishes: Sequence[tuple[Lora, float]]) -> Net:
-    """A copy with W + Σ scale · up · down."""
+def merged(net: Net, wishes: Sequence[tuple[Lora, LoraUse]]) -> Net:
+    """A copy with W + Σ scale · up · down and b + Σ scale · bias."""
     copy = make_net()
     copy.load_state_dict(net.state_dict())
-    for lora, scale in wishes:
+    for lora, use in wishes:
         for name, layer in lora.layers.items():
-            getattr(copy, name).weight += scale * layer.up @ layer.down
+            module, scale = getattr(copy, name), use.layers.get(name, use.scale)
+            module.weight += scale * layer.up @ layer.down
+            if layer.bias is not None:
+                module.bias += scale * layer.bias
     return copy
 
 
@@ -66,9 +70,13 @@ def run(net: Net, bank: LoraBank, x: Tensor, rows: Sequence[Sequence[LoraUse]]) 
         return y
 
 
+def inputs() -> Tensor:
+    return torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(9))
+
+
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(9))
+    return inputs()
 
 
 def test_each_row_gets_its_own_adapters_as_if_they_were_merged(x: Tensor) -> None:
@@ -79,8 +87,90 @@ def test_each_row_gets_its_own_adapters_as_if_they_were_merged(x: Tensor) -> Non
     rows = [[LoraUse("0", 0.7)], [], [LoraUse("1", -1.5), LoraUse("2", 2.0)]]
     ours = run(net, bank, x, rows)
     for index, uses in enumerate(rows):
-        alone = merged(net, [(loras[use.name], use.scale) for use in uses])(x[index])
+        alone = merged(net, [(loras[use.name], use) for use in uses])(x[index])
         torch.testing.assert_close(ours[index], alone, atol=1e-5, rtol=1e-5)
+
+
+scales = st.floats(-4, 4, width=32)
+uses = st.builds(
+    LoraUse,
+    st.sampled_from("0123"),
+    scales,
+    st.dictionaries(st.sampled_from([*TARGETS, "elsewhere"]), scales),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(uses, max_size=3), min_size=3, max_size=3))
+def test_any_scales_layers_and_biases_act_as_if_they_were_merged(rows: list[list[LoraUse]]) -> None:
+    net, x = make_net(), inputs()
+    bank = make_bank(net)
+    loras = {
+        "0": make_lora(0, biased=TARGETS),
+        "1": make_lora(1, rank=2, biased=["b"]),
+        "2": make_lora(2, rank=4, targets=["a"], biased=["a"]),
+        "3": make_lora(3, rank=1),
+    }
+    bank.hold(loras)
+    ours = run(net, bank, x, rows)
+    for index, each in enumerate(rows):
+        alone = merged(net, [(loras[use.name], use) for use in each])(x[index])
+        torch.testing.assert_close(ours[index], alone, atol=1e-3, rtol=1e-4)
+    assert all(torch.equal(ours[index], net(x)[index]) for index, each in enumerate(rows) if not each)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scales)
+def test_the_same_scale_at_every_layer_is_that_scale_to_the_bit(scale: float) -> None:
+    net, x = make_net(), inputs()
+    bank = make_bank(net)
+    bank.hold({"0": make_lora(0, biased=["a"])})
+    by_layer = LoraUse("0", layers=dict.fromkeys(TARGETS, scale))
+    assert torch.equal(run(net, bank, x, [[by_layer]] * 3), run(net, bank, x, [[LoraUse("0", scale)]] * 3))
+
+
+@pytest.mark.parametrize("layer", TARGETS)
+def test_a_layer_at_zero_is_a_file_without_it_to_the_bit(x: Tensor, layer: str) -> None:
+    whole = make_lora(0, biased=TARGETS)
+    without = Lora({name: each for name, each in whole.layers.items() if name != layer})
+    answers = []
+    for lora, layers in ((whole, {layer: 0.0}), (without, {})):
+        net = make_net()
+        bank = make_bank(net)
+        bank.hold({"0": lora})
+        answers.append(run(net, bank, x, [[LoraUse("0", 0.7, layers)]] * 3))
+    assert torch.equal(*answers)
+
+
+def test_the_layers_of_another_bank_mean_nothing(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net)
+    bank.hold({"0": make_lora(0)})
+    elsewhere = LoraUse("0", 0.7, {"text_encoder.fc1": 3.0})
+    assert torch.equal(run(net, bank, x, [[elsewhere]] * 3), run(net, bank, x, [[LoraUse("0", 0.7)]] * 3))
+
+
+def test_an_evicted_bias_does_not_act(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net, rank=8)
+    for name in ("first", "second"):
+        bank.hold({name: make_lora(0, rank=4, biased=TARGETS)})
+    bank.release(["first", "second"])
+    wide = make_lora(1, rank=6)  # over both
+    bank.hold({"wide": wide})
+    use = LoraUse("wide")
+    ours = run(net, bank, x, [[use]] * 3)
+    torch.testing.assert_close(ours, merged(net, [(wide, use)])(x), atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_without_layers_here_takes_no_bias_away(x: Tensor) -> None:
+    net = make_net()
+    bank = make_bank(net)
+    lora, use = make_lora(0, biased=TARGETS), LoraUse("0")
+    bank.hold({"0": lora})
+    bank.hold({"elsewhere": Lora({})})  # of no rank, so it fits anywhere
+    ours = run(net, bank, x, [[use, LoraUse("elsewhere")]] * 3)
+    torch.testing.assert_close(ours, merged(net, [(lora, use)])(x), atol=1e-5, rtol=1e-5)
 
 
 def test_the_order_of_adapters_means_nothing(x: Tensor) -> None:
@@ -115,7 +205,10 @@ def test_an_adapter_of_some_layers_leaves_the_others(x: Tensor) -> None:
     lora = make_lora(0, targets=["b"])
     bank.hold({"0": lora})
     torch.testing.assert_close(
-        run(net, bank, x, [[LoraUse("0", 1.0)]] * 3), merged(net, [(lora, 1.0)])(x), atol=1e-5, rtol=1e-5
+        run(net, bank, x, [[LoraUse("0", 1.0)]] * 3),
+        merged(net, [(lora, LoraUse("0", 1.0))])(x),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -128,7 +221,7 @@ def test_what_an_evicted_adapter_left_behind_does_not_act(x: Tensor) -> None:
     bank.hold({"small": small})  # in the place of the big one
     torch.testing.assert_close(
         run(net, bank, x, [[LoraUse("small", 1.0)]] * 3),
-        merged(net, [(small, 1.0)])(x),
+        merged(net, [(small, LoraUse("small", 1.0))])(x),
         atol=1e-5,
         rtol=1e-5,
     )

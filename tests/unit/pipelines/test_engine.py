@@ -17,9 +17,15 @@ class CountingPlan(Plan):
     """Adds the prediction, `steps` times."""
 
     def __init__(self, steps: int, key: str = "same", cost: int = 1) -> None:
-        self.steps, self.key, self.cost = steps, key, cost
+        self.steps, self._key, self._cost = steps, key, cost
 
-    def advance(self, step: int, latents: Tensor, prediction: Tensor) -> Advanced:
+    def key(self, step: int) -> str:
+        return self._key
+
+    def cost(self, step: int) -> int:
+        return self._cost
+
+    def advance(self, step: int, latents: Tensor, prediction: Tensor, previous: Tensor | None) -> Advanced:
         return Advanced(latents + prediction, latents)
 
 
@@ -118,10 +124,12 @@ def test_a_row_that_fails_fails_alone() -> None:
 
 def test_a_plan_that_fails_fails_alone_and_no_row_is_stepped_twice() -> None:
     class BrokenPlan(CountingPlan):
-        def advance(self, step: int, latents: Tensor, prediction: Tensor) -> Advanced:
+        def advance(
+            self, step: int, latents: Tensor, prediction: Tensor, previous: Tensor | None
+        ) -> Advanced:
             if step == 1:
                 raise ValueError("a step that cannot be")
-            return super().advance(step, latents, prediction)
+            return super().advance(step, latents, prediction, previous)
 
     good, bad = sample("good"), Sample("bad", BrokenPlan(3), torch.zeros(1))
     ears = run_to_end(Engine(Model(), budget=10), [good, bad])

@@ -18,8 +18,10 @@ from schemas.endpoints.flux_dev import EXAMPLE, Input
 from schemas.errors import InternalError
 from schemas.fields import PRESETS, ImageSizePreset
 from tests.support.engine import Ears, turn
+from tests.support.fields import shows
 
 Denoise = Callable[..., list[Sample]]
+DEV = "fal-ai/flux/dev"
 SMALL = {"width": 96, "height": 64}
 
 
@@ -46,6 +48,7 @@ def run_stock(stock: Any, wish: Input, **options: Any) -> Any:
     ).images
 
 
+@shows(DEV, "num_inference_steps", "guidance_scale")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -65,6 +68,7 @@ def test_it_matches_stock_diffusers_on_the_same_latents(
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@shows(DEV, "seed", "prompt")
 def test_the_same_seed_gives_the_picture_that_diffusers_gives(
     stock: Any, flux_dev: Pipeline, denoise: Denoise
 ) -> None:
@@ -80,6 +84,7 @@ def test_packing_is_that_of_diffusers(stock: Any) -> None:
     assert torch.equal(stock._pack_latents(noise, 1, 16, 8, 12)[0], pack(noise[0]))
 
 
+@shows(DEV, "num_images")
 def test_image_i_of_n_is_the_single_image_of_seed_plus_i(flux_dev: Pipeline, denoise: Denoise) -> None:
     three = denoise(list(flux_dev.prepare(request(num_images=3), Assets(), 0).samples))
     singles = [denoise(list(flux_dev.prepare(request(seed=7 + i), Assets(), 0).samples))[0] for i in range(3)]
@@ -136,9 +141,10 @@ def test_every_sampling_field_changes_the_picture(
 @pytest.mark.parametrize("preset", list(ImageSizePreset))
 def test_presets_give_their_size(flux_dev: Pipeline, preset: ImageSizePreset) -> None:
     [sample] = flux_dev.prepare(request(image_size=preset), Assets(), 0).samples
-    assert sample.plan.cost == PRESETS[preset].width * PRESETS[preset].height // 256
+    assert sample.cost == PRESETS[preset].width * PRESETS[preset].height // 256
 
 
+@shows(DEV, "image_size.width", "image_size.height")
 @pytest.mark.parametrize(
     ("asked", "made"),
     [

@@ -4,13 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from safetensors.torch import save_file
 
 from pipelines.base import Assets, Generation
 from pipelines.engine.sample import Sample
@@ -20,38 +18,18 @@ from pipelines.flux.model import FluxModel
 from schemas.endpoints import flux_dev as flux_dev_schema
 from schemas.endpoints.flux_lora_image_to_image import Input
 from schemas.errors import InputError
+from tests.support.assets import given
+from tests.support.fields import shows
+from tests.support.loras import write_lora
 
 Denoise = Callable[..., list[Sample]]
+REMAKE = "fal-ai/flux-lora/image-to-image"
 URL = "http://pictures/start.png"
 
 
 @pytest.fixture(scope="session")
 def remake(flux: FluxModel) -> Pipeline:
     return Pipeline(flux)
-
-
-@pytest.fixture(scope="session")
-def start() -> Image.Image:
-    noise = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((96, 64), Image.Resampling.BICUBIC)
-
-
-def write_lora(flux: FluxModel, path: Path, seed: int, rank: int = 4) -> Path:
-    """A LoRA on the attention of the transformer and of CLIP, as peft spells it."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, (rows, columns) in flux._targets.items():
-        if name.endswith(("to_q", "to_v", "q_proj")):
-            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
-            tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) / 4
-    save_file(tensors, path)
-    return path
-
-
-@pytest.fixture
-def lora_files(flux: FluxModel, tmp_path: Path) -> dict[str, Path]:
-    files = {name: tmp_path / f"{name}.safetensors" for name in "ab"}
-    return {name: write_lora(flux, path, seed) for seed, (name, path) in enumerate(files.items())}
 
 
 def request(**fields: Any) -> Input:
@@ -62,7 +40,7 @@ def request(**fields: Any) -> Input:
 def prepare(
     remake: Pipeline, start: Image.Image, wish: Input, weights: dict[str, Path] | None = None
 ) -> Generation:
-    return remake.prepare(wish, Assets({URL: start}, weights or {}), 0)
+    return remake.prepare(wish, given(wish, {URL: start, **(weights or {})}), 0)
 
 
 def finished(denoise: Denoise, generation: Generation) -> torch.Tensor:
@@ -74,6 +52,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+@shows(REMAKE, "image_url", "strength")
 @pytest.mark.parametrize("strength", [0.01, 0.3, 0.85, 1.0])
 def test_it_matches_stock_image_to_image(
     stock: Any,
@@ -103,6 +82,7 @@ def test_it_matches_stock_image_to_image(
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
 
 
+@shows(REMAKE, "prompt", "seed", "num_inference_steps", "guidance_scale")
 def test_strength_one_is_text_to_image_on_the_same_noise(
     flux: FluxModel, remake: Pipeline, start: Image.Image, denoise: Denoise
 ) -> None:
@@ -129,6 +109,7 @@ def test_less_strength_stays_nearer_to_the_start(
     assert distances == sorted(distances)
 
 
+@shows(REMAKE, "image_size.width", "image_size.height")
 @pytest.mark.parametrize(
     ("fields", "size"),
     [
@@ -148,11 +129,12 @@ def test_the_size_is_the_one_asked_for_or_the_start_pictures(
 
 def test_a_start_picture_beyond_the_limit_is_scaled_down_in_proportion(remake: Pipeline) -> None:
     huge = Image.new("RGB", (8000, 4000))
-    grid = remake._grid(request(), huge)
+    grid = remake._grid(None, huge)
     assert grid.width * grid.height <= remake.model.max_pixels
     assert abs(grid.width / grid.height - 2) < 0.02
 
 
+@shows(REMAKE, "loras.path", "loras.scale")
 def test_scale_zero_is_no_lora_to_the_bit(
     remake: Pipeline, start: Image.Image, denoise: Denoise, lora_files: dict[str, Path]
 ) -> None:
@@ -161,6 +143,7 @@ def test_scale_zero_is_no_lora_to_the_bit(
     assert torch.equal(finished(denoise, prepare(remake, start, off, lora_files)), plain)
 
 
+@shows(REMAKE, "loras.path", "loras.scale")
 def test_a_lora_acts_more_the_larger_its_scale(
     remake: Pipeline, start: Image.Image, denoise: Denoise, lora_files: dict[str, Path]
 ) -> None:
@@ -170,6 +153,15 @@ def test_a_lora_acts_more_the_larger_its_scale(
         for wish in (request(loras=[{"path": "a", "scale": scale}]) for scale in (0.01, 0.1, 1))
     ]
     assert 0 < effects[0] < effects[1] < effects[2]
+
+
+@shows(REMAKE, "num_images")
+def test_image_i_of_n_is_the_single_image_of_seed_plus_i(
+    remake: Pipeline, start: Image.Image, denoise: Denoise
+) -> None:
+    three = finished(denoise, prepare(remake, start, request(num_images=3)))
+    singles = [finished(denoise, prepare(remake, start, request(seed=7 + i))) for i in range(3)]
+    close(three, torch.cat(singles))
 
 
 def test_a_batch_of_different_loras_and_endpoints_equals_separate_runs(

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from pipelines.engine.sample import Sample
 from pipelines.flux.model import FluxModel
-from pipelines.flux.plan import Conditioning, FluxPlan
+from pipelines.flux.plan import Conditioning, Denoising, FluxPlan
 from pipelines.flux.sampling import Grid, draw_noise, schedule
 from schemas.settings import ModelSettings
 
@@ -44,7 +44,7 @@ def test_a_batch_goes_through_the_real_transformer_in_its_shapes(
         torch.empty(512, 4096, dtype=torch.bfloat16, device="meta"),
         torch.empty(768, dtype=torch.bfloat16, device="meta"),
     )
-    plan = FluxPlan(grid, text, schedule(28, 1.15), 3.5)
+    plan = FluxPlan(grid, Denoising(text, schedule(28, 1.15), 3.5))
     samples = [Sample(str(seed), plan, full_size.to_device(draw_noise(grid, seed))) for seed in range(2)]
     predictions = full_size.predict(samples)
     assert [tuple(each.shape) for each in predictions] == [(width * height // 256, 64)] * 2
@@ -53,7 +53,7 @@ def test_a_batch_goes_through_the_real_transformer_in_its_shapes(
 
 def test_every_linear_layer_may_carry_a_lora(full_size: FluxModel) -> None:
     counts = {
-        part: sum(name.startswith(f"{part}.") for name in full_size._targets)
+        part: sum(name.startswith(f"{part}.") for name in full_size.targets)
         for part in ("transformer", "text_encoder", "text_encoder_2")
     }
     assert counts == {"transformer": 504, "text_encoder": 72, "text_encoder_2": 168}

@@ -61,12 +61,19 @@ def load(path: Path, shapes: Shapes) -> Lora:
 
 
 def equal(ours: LoraLayer, theirs: LoraLayer) -> bool:
-    return torch.equal(ours.down, theirs.down) and torch.equal(ours.up, theirs.up)
+    if ours.bias is None or theirs.bias is None:
+        biases = ours.bias is theirs.bias
+    else:
+        biases = torch.equal(ours.bias, theirs.bias)
+    return biases and torch.equal(ours.down, theirs.down) and torch.equal(ours.up, theirs.up)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_loads_to_the_same_layers(spelling: str, shapes: Shapes, tmp_path: Path) -> None:
-    drawn = lora_files.draw(shapes)
+def test_every_spelling_loads_to_the_same_layers(
+    spelling: str, biased: bool, shapes: Shapes, tmp_path: Path
+) -> None:
+    drawn = lora_files.draw(shapes, biased=biased)
     path = lora_files.write(tmp_path / "a", SPELLINGS[spelling], drawn)
 
     loaded = load(path, shapes)
@@ -76,7 +83,8 @@ def test_every_spelling_loads_to_the_same_layers(spelling: str, shapes: Shapes, 
     assert loaded.layers.keys() == written
     assert [name for name in written if not equal(loaded.layers[name], expected[name])] == []
     assert loaded.max_rank == RANK
-    assert loaded.nbytes == sum(4 * RANK * sum(shapes[name]) for name in written)
+    biases = sum(4 * shapes[name][0] for name in written) if biased else 0
+    assert loaded.nbytes == sum(4 * RANK * sum(shapes[name]) for name in written) + biases
 
 
 def test_the_spellings_cover_every_layer(shapes: Shapes) -> None:
@@ -154,6 +162,32 @@ def converted(path: Path) -> dict[str, LoraLayer]:
 
 def change(layer: LoraLayer, probe: Tensor) -> Tensor:
     return layer.up.double() @ (layer.down.double() @ probe)
+
+
+def test_a_bias_is_scaled_as_peft_scales_it(stock: Any, shapes: Shapes, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    blocks = {name: shape for name, shape in shapes.items() if "transformer_blocks" in name}
+    drawn = lora_files.draw(blocks, biased=True)
+    path = lora_files.write(tmp_path / "a.safetensors", SPELLINGS["diffusers, alpha in the notes"], drawn)
+
+    ours = copy.deepcopy(stock.transformer)
+    for name, layer in load(path, shapes).layers.items():
+        module = ours.get_submodule(name.removeprefix("transformer."))
+        module.weight.data += layer.up @ layer.down
+        module.bias.data += layer.bias
+    theirs = copy.deepcopy(stock)
+    theirs.load_lora_weights(str(tmp_path), weight_name=path.name)
+
+    torch.testing.assert_close(answer(ours), answer(theirs.transformer), atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_may_stand_on_some_layers_only(shapes: Shapes, tmp_path: Path) -> None:
+    save_file(good() | good(name=K) | {f"{K}.lora_B.bias": torch.ones(32)}, tmp_path / "a")
+
+    layers = load(tmp_path / "a", shapes).layers
+
+    assert layers[Q].bias is None
+    assert equal(layers[K], LoraLayer(layers[K].down, layers[K].up, torch.ones(32)))
 
 
 # What diffusers loads into a model of any size: it splits single blocks' linear1 at FLUX.1-dev's widths only.
@@ -248,6 +282,9 @@ K = Q.replace("to_q", "to_k")
 KOHYA_QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 CLIP_FC = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 
+NORM = "transformer.transformer_blocks.0.attn.norm_q.weight"
+BFL_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
+
 HUGE = torch.full((2, 32), 1e300, dtype=torch.float64)
 
 REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
@@ -291,7 +328,36 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "DoRA by peft": (good() | {f"{Q}.lora_magnitude_vector": torch.ones(32)}, "is DoRA"),
     "LoHa": ({f"{KOHYA_QKV}.hada_w1_a": torch.ones(2, 2)}, "is LoHa, which is not supported"),
     "LoKr": ({f"{KOHYA_QKV}.lokr_w1": torch.ones(2, 2)}, "is LoKr, which is not supported"),
-    "biases": (good() | {f"{Q}.lora_B.bias": torch.ones(32)}, "with biases, .* not supported: .*lora_B.bias"),
+    "a bias on down": (
+        good() | {f"{Q}.lora_A.bias": torch.ones(2)},
+        "biases on its down side, .* not supported: .*lora_A.bias",
+    ),
+    "kohya's bias on down": (
+        kohya(KOHYA_QKV, 96, 32) | {f"{KOHYA_QKV}.lora_down.bias": torch.ones(2)},
+        "biases on its down side",
+    ),
+    "a bias alone": (good(name=K) | {f"{Q}.lora_B.bias": torch.ones(32)}, "a part.*to_q.lora_B.bias"),
+    "two biases": (
+        good() | {f"{Q}.lora_B.bias": torch.ones(32), f"{Q}.lora_up.bias": torch.ones(32)},
+        f"{Q} twice",
+    ),
+    "a bias of another size": (
+        good() | {f"{Q}.lora_B.bias": torch.ones(48)},
+        r"another model: .*to_q.lora_B.bias has the shape \[48\] .*\[32\]",
+    ),
+    "a fused bias without v": (
+        kohya(KOHYA_QKV, 96, 32) | {f"{KOHYA_QKV}.lora_up.bias": torch.ones(64)},
+        r"lora_up.bias has the shape \[64\] .*\[96\]",
+    ),
+    "NaN in a bias": (
+        good() | {f"{Q}.lora_B.bias": torch.full((32,), torch.nan)},
+        "not finite.*lora_B.bias",
+    ),
+    "a control LoRA where nothing reads a control image": (
+        kohya("img_in", 32, 128),
+        r"another model: img_in.lora_down.weight has the shape \[2, 128\] .*\[2, 64\]",
+    ),
+    "norms where none may be replaced": (good() | {NORM: torch.ones(16)}, f"partly.*{NORM}"),
     "differences": ({f"{KOHYA_QKV}.diff": torch.ones(2, 2)}, "weight differences, .* not supported"),
     "differences of biases": (good() | {f"{Q}.diff_b": torch.ones(32)}, "weight differences.*to_q.diff_b"),
     "NaN in down": (good() | {f"{Q}.lora_A.weight": torch.full((2, 32), torch.nan)}, "not finite.*lora_A"),
@@ -316,6 +382,52 @@ def test_a_file_that_does_not_fit_is_refused_by_name(kind: str, shapes: Shapes, 
     assert time.perf_counter() - start < 1
     assert refusal.value.kind == "invalid_weights"
     assert refusal.value.message[-1] == "."
+
+
+# With norms that may be replaced, and x_embedder wide.
+CONTROL_REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
+    "a norm of another size": (
+        good() | {NORM: torch.ones(128)},
+        r"another model: .*norm_q.weight has the shape \[128\] .*\[16\]",
+    ),
+    "a norm that is a number": (
+        good() | {BFL_NORM: torch.tensor(1.0)},
+        r"query_norm.scale has the shape \[\]",
+    ),
+    "NaN in a norm": (good() | {BFL_NORM: torch.full((16,), torch.nan)}, f"not finite.*{BFL_NORM}"),
+    "two spellings of a norm": (
+        good() | {NORM: torch.ones(16), BFL_NORM: torch.ones(16)},
+        "attn.norm_q twice",
+    ),
+    "a norm of a block too many": (good() | {BFL_NORM.replace("0", "7"): torch.ones(16)}, "partly.*blocks.7"),
+    "a LoRA on a norm": (good() | good(name=NORM.removesuffix(".weight"), size=16), "partly.*norm_q.lora_A"),
+    "a layer's weight": (good() | {f"{Q}.weight": torch.ones(32, 32)}, "partly.*to_q.weight"),
+    "norms alone": ({BFL_NORM: torch.ones(16)}, f"not a LoRA.*{BFL_NORM}"),
+    "a whole checkpoint": (
+        {BFL_NORM: torch.ones(16), "double_blocks.0.img_attn.qkv.weight": torch.ones(96, 32)},
+        "not a LoRA.*img_attn.qkv.weight",
+    ),
+    "three times as wide": (kohya("img_in", 32, 192), r"img_in.*\[2, 192\] .*\[2, 64\]"),
+    "wide elsewhere": (kohya("txt_in", 32, 64), r"txt_in.*\[2, 64\] .*\[2, 32\]"),
+    "wide with NaN": (
+        kohya("img_in", 32, 128) | {"img_in.lora_down.weight": torch.full((2, 128), torch.nan)},
+        "not finite.*img_in.lora_down",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTROL_REFUSED)
+def test_a_control_lora_that_does_not_fit_is_refused_by_name(
+    kind: str, stock: Any, shapes: Shapes, tmp_path: Path
+) -> None:
+    tensors, sentence = CONTROL_REFUSED[kind]
+    save_file(tensors, tmp_path / "a")
+    norms = lora_keys.norms(stock.transformer)
+    translate = lora_keys.translator(shapes, norms)
+
+    with pytest.raises(AssetError, match=sentence) as refusal:
+        lora.load(tmp_path / "a", translate, shapes, norms=norms, wide=lora_keys.WIDE)
+    assert refusal.value.kind == "invalid_weights"
 
 
 @pytest.mark.parametrize(

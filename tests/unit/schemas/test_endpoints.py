@@ -8,6 +8,7 @@ import pytest
 
 from deployments.gateway.validation import ignored, validate
 from pipelines.registry import ENDPOINTS, endpoint
+from schemas.endpoints import flux_general_rf_inversion as rf
 from schemas.endpoints.flux_dev import Input, Output
 from schemas.errors import InputError
 from schemas.settings import Limits
@@ -125,6 +126,153 @@ def test_flux_dev_refuses_with_the_path_of_the_field(
     fields: dict[str, Any], expected: list[tuple[list[Any], str]]
 ) -> None:
     assert refusals(Input, fields) == expected
+
+
+def test_rf_inversion_has_exactly_the_fields_of_its_page_with_their_defaults() -> None:
+    defaults = rf.Input(prompt="x", image_url="y").model_dump(mode="json")
+    assert defaults == {
+        "prompt": "x",
+        "image_size": None,
+        "num_inference_steps": 28,
+        "seed": None,
+        "loras": [],
+        "control_loras": [],
+        "controlnets": [],
+        "controlnet_unions": [],
+        "easycontrols": [],
+        "fill_image": None,
+        "guidance_scale": 3.5,
+        "use_cfg_zero": False,
+        "sync_mode": False,
+        "num_images": 1,
+        "enable_safety_checker": True,
+        "reference_image_url": None,
+        "reference_strength": 0.65,
+        "reference_start": 0,
+        "reference_end": 1,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "output_format": "png",
+        "use_beta_schedule": False,
+        "sigma_schedule": None,
+        "scheduler": "euler",
+        "image_url": "y",
+        "controller_guidance_forward": 0.6,
+        "controller_guidance_reverse": 0.75,
+        "reverse_guidance_start": 0,
+        "reverse_guidance_end": 8,
+        "reverse_guidance_schedule": "constant",
+    }
+
+
+NET = {"path": "net", "control_image_url": "edges"}
+UNION = {"control_image_url": "edges", "control_mode": "canny"}
+EASY = {"control_method_url": "canny", "image_url": "z", "image_control_type": "spatial"}
+
+
+def test_the_objects_of_rf_inversion_have_the_defaults_of_its_page() -> None:
+    value = rf.Input.model_validate(
+        {
+            "prompt": "x",
+            "image_url": "y",
+            "loras": [{"path": "a"}, {"path": "b", "scale": None}, {"path": "c", "scale": {"x": -4}}],
+            "control_loras": [{"path": "a", "control_image_url": "z"}],
+            "controlnets": [NET | {"mask_image_url": None}],
+            "controlnet_unions": [{"path": "net", "controls": [UNION]}],
+            "easycontrols": [EASY],
+            "fill_image": {},
+        }
+    ).model_dump(mode="json")
+    control = {
+        "start_percentage": 0,
+        "end_percentage": 1,
+        "mask_image_url": None,
+        "mask_threshold": 0.5,
+        "conditioning_scale": 1,
+    }
+    files = {"config_url": None, "variant": None}
+    assert [each["scale"] for each in value["loras"]] == [1, 1, {"x": -4}]
+    assert value["control_loras"] == [
+        {"path": "a", "scale": 1, "control_image_url": "z", "preprocess": "None"}
+    ]
+    assert value["controlnets"] == [NET | control | files]
+    assert value["controlnet_unions"] == [{"path": "net", "controls": [UNION | control], **files}]
+    assert value["easycontrols"] == [EASY | {"scale": 1}]
+    assert value["fill_image"] == {"fill_image_url": []}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"loras": [{"scale": 1}]}, [(["body", "loras", 0, "path"], "missing")]),
+        ({"loras": [{"path": "a", "scale": 5}]}, [(["body", "loras", 0, "scale"], "less_than_equal")]),
+        (
+            {"loras": [{"path": "a", "scale": {"x": -5}}]},
+            [(["body", "loras", 0, "scale", "x"], "greater_than_equal")],
+        ),
+        ({"loras": [{"path": "a", "scale": "much"}]}, [(["body", "loras", 0, "scale"], "float_parsing")]),
+        (
+            {"control_loras": [{"path": "a", "control_image_url": "z", "preprocess": None}]},
+            [],
+        ),
+        (
+            {"control_loras": [{"path": "a", "control_image_url": "z", "preprocess": "pose"}]},
+            [(["body", "control_loras", 0, "preprocess"], "literal_error")],
+        ),
+        ({"controlnets": [{"path": "net"}]}, [(["body", "controlnets", 0, "control_image_url"], "missing")]),
+        (
+            {"controlnets": [NET | {"variant": "../fp16"}]},
+            [(["body", "controlnets", 0, "variant"], "string_pattern_mismatch")],
+        ),
+        (
+            {"controlnet_unions": [{"path": "net"}]},
+            [(["body", "controlnet_unions", 0, "controls"], "missing")],
+        ),
+        (
+            {"controlnet_unions": [{"path": "net", "controls": [UNION | {"control_mode": "seg"}]}]},
+            [(["body", "controlnet_unions", 0, "controls", 0, "control_mode"], "literal_error")],
+        ),
+        (
+            {"easycontrols": [EASY | {"image_control_type": "both"}]},
+            [(["body", "easycontrols", 0, "image_control_type"], "literal_error")],
+        ),
+        (
+            {"fill_image": {"fill_image_url": 7}},
+            [(["body", "fill_image", "fill_image_url"], "string_type")],
+        ),
+        (
+            {"fill_image": {"fill_image_url": ["a", 7]}},
+            [(["body", "fill_image", "fill_image_url", 1], "string_type")],
+        ),
+        # spans of steps that end before they begin
+        ({"reverse_guidance_start": 8}, [(["body", "reverse_guidance_start"], "less_than")]),
+        (
+            {"num_inference_steps": 4, "reverse_guidance_start": 4},
+            [(["body", "reverse_guidance_start"], "less_than")],
+        ),
+        ({"reference_start": 1, "reference_end": 0.5}, []),  # without a reference they mean nothing
+        (
+            {"reference_image_url": "z", "reference_start": 0.5, "reference_end": 0.5},
+            [(["body", "reference_start"], "less_than")],
+        ),
+        (
+            {"controlnets": [NET, NET | {"start_percentage": 0.6, "end_percentage": 0.5}]},
+            [(["body", "controlnets", 1, "start_percentage"], "less_than")],
+        ),
+        (
+            {"controlnet_unions": [{"path": "net", "controls": [UNION | {"start_percentage": 1}]}]},
+            [(["body", "controlnet_unions", 0, "controls", 0, "start_percentage"], "less_than")],
+        ),
+    ],
+)
+def test_rf_inversion_refuses_with_the_path_of_the_field(
+    fields: dict[str, Any], expected: list[tuple[list[Any], str]]
+) -> None:
+    sent = {"prompt": "x", "image_url": "y", **fields}
+    if expected:
+        assert refusals(rf.Input, sent) == expected
+    else:
+        validate(rf.Input, sent, LIMITS)
 
 
 def test_a_custom_size_may_leave_a_side_out() -> None:

@@ -1,0 +1,60 @@
+"""The files that a request names, found by the marks of their fields."""
+
+from schemas.assets import Asset, AssetKind, AssetRef, assets
+from schemas.endpoints.flux_general_rf_inversion import Input
+
+
+def test_every_field_that_names_a_file_is_found_and_no_other() -> None:
+    request = Input.model_validate(
+        {
+            "prompt": "x",
+            "image_url": "start",
+            "reference_image_url": "like",
+            "loras": [{"path": "a"}, {"path": "b", "scale": {"layer": 1}}],
+            "control_loras": [{"path": "c", "control_image_url": "edges", "preprocess": "canny"}],
+            "controlnets": [
+                {
+                    "path": "net",
+                    "variant": "fp16",
+                    "config_url": "config",
+                    "control_image_url": "pose",
+                    "mask_image_url": "mask",
+                }
+            ],
+            "controlnet_unions": [
+                {"path": "net", "controls": [{"control_image_url": "tile", "control_mode": "tile"}]}
+            ],
+            "easycontrols": [
+                {"control_method_url": "canny", "image_url": "lines", "image_control_type": "spatial"}
+            ],
+            "fill_image": {"fill_image_url": ["one", "two"]},
+        }
+    )
+    assert {ref.loc[1:]: ref.asset for ref in assets(request)} == {
+        ("image_url",): Asset(AssetKind.IMAGE, "start"),
+        ("reference_image_url",): Asset(AssetKind.IMAGE, "like"),
+        ("loras", 0, "path"): Asset(AssetKind.LORA, "a"),
+        ("loras", 1, "path"): Asset(AssetKind.LORA, "b"),
+        ("control_loras", 0, "path"): Asset(AssetKind.LORA, "c"),
+        ("control_loras", 0, "control_image_url"): Asset(AssetKind.IMAGE, "edges"),
+        ("controlnets", 0, "path"): Asset(AssetKind.CONTROLNET, "net", "fp16"),
+        ("controlnets", 0, "config_url"): Asset(AssetKind.CONFIG, "config"),
+        ("controlnets", 0, "control_image_url"): Asset(AssetKind.IMAGE, "pose"),
+        ("controlnets", 0, "mask_image_url"): Asset(AssetKind.IMAGE, "mask"),
+        ("controlnet_unions", 0, "path"): Asset(AssetKind.CONTROLNET, "net"),
+        ("controlnet_unions", 0, "controls", 0, "control_image_url"): Asset(AssetKind.IMAGE, "tile"),
+        ("easycontrols", 0, "control_method_url"): Asset(AssetKind.EASYCONTROL, "canny"),
+        ("easycontrols", 0, "image_url"): Asset(AssetKind.IMAGE, "lines"),
+        ("fill_image", "fill_image_url", 0): Asset(AssetKind.IMAGE, "one"),
+        ("fill_image", "fill_image_url", 1): Asset(AssetKind.IMAGE, "two"),
+    }
+
+
+def test_one_picture_needs_no_list() -> None:
+    request = Input.model_validate(
+        {"prompt": "x", "image_url": "start", "fill_image": {"fill_image_url": "one"}}
+    )
+    assert list(assets(request)) == [
+        AssetRef(("body", "fill_image", "fill_image_url"), Asset(AssetKind.IMAGE, "one")),
+        AssetRef(("body", "image_url"), Asset(AssetKind.IMAGE, "start")),
+    ]
