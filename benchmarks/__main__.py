@@ -1,7 +1,7 @@
 """Runs all benchmarks."""
 
-from benchmarks import engine, measure, overhead, queue_throughput
+from benchmarks import adapters, engine, measure, overhead, queue_throughput
 
 measure.header()
-for benchmark in (overhead, queue_throughput, engine):
+for benchmark in (overhead, queue_throughput, engine, adapters):
     benchmark.main()

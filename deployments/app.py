@@ -8,7 +8,8 @@ any `args` would restart every model.
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
@@ -23,6 +24,7 @@ from deployments.files.store import open_files
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
 from deployments.queue import open_queue
+from pipelines import registry
 from schemas.errors import NotReady, WorkerLost
 from schemas.fields import EndpointInput
 from schemas.jobs import Job, Update
@@ -34,6 +36,7 @@ FRONT = "darkroom"  # the front application's name
 FRONT_CPUS = 0.1  # what Ray books for a gateway or a dispatcher
 WATCHERS = 10_000  # requests that a gateway replica takes at once; those that only wait are cheap
 HEALTH_CHECK_S = 5
+SPARE_CALLS = 4  # that a replica takes beside its `concurrency`: a prefetch waits for no picture
 
 
 def front(settings: FrontSettings) -> Application:
@@ -74,7 +77,7 @@ def model(settings: ModelSettings) -> Application:
             metrics_interval_s=1,
             upscale_delay_s=2,
         ),
-        max_ongoing_requests=settings.concurrency,
+        max_ongoing_requests=settings.concurrency + SPARE_CALLS,
         graceful_shutdown_timeout_s=settings.drain_s,
         health_check_period_s=HEALTH_CHECK_S,
         max_constructor_retry_count=3,
@@ -135,7 +138,7 @@ class _DispatcherReplica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         if self._dispatcher is None:
             queue = open_queue(self._settings.queue_url, self._settings.lease)
-            self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect)
+            self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect, _input_type)
         await self._dispatcher.configure(Catalogue.model_validate(user_config))
 
     async def check_health(self) -> None:
@@ -159,6 +162,10 @@ class _WorkerReplica:
         async for update in self._worker.generate(job):
             yield update
 
+    async def prefetch(self, job: Job) -> None:
+        """See Worker.prefetch."""
+        self._worker.prefetch(job)
+
     async def run(self, endpoint_id: str, request: EndpointInput) -> Any:
         """See Worker.run."""
         return await self._worker.run(endpoint_id, request)
@@ -175,6 +182,10 @@ def _join_logs() -> None:
     for room in ("deployments", "pipelines"):
         logging.getLogger(room).parent = logger
         logging.getLogger(room).setLevel(logging.INFO)
+
+
+def _input_type(endpoint_id: str) -> type[EndpointInput]:
+    return registry.endpoint(endpoint_id).input_type()
 
 
 class _ServeModels:
@@ -198,17 +209,34 @@ class _ServeModel:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._generate = handle.options(method_name="generate", stream=True)
+        self._prefetch = handle.options(method_name="prefetch")
 
     async def generate(self, job: Job) -> AsyncGenerator[Update]:
         response = self._generate.remote(job)
-        try:
-            async for update in response:
-                yield update
-        except RayActorError as error:
-            raise WorkerLost("The worker died while it ran the request.") from error
-        except RayTaskError as error:
-            raise WorkerLost(f"The worker failed outside the request: {error}") from error
-        except RayServeException as error:
-            raise NotReady(f"No worker can be called: {error}") from error
-        finally:
-            response.cancel()
+        with _translated():
+            try:
+                async for update in response:
+                    yield update
+            finally:
+                response.cancel()
+
+    async def prefetch(self, job: Job) -> None:
+        response = self._prefetch.remote(job)
+        with _translated():
+            try:
+                await response
+            finally:
+                response.cancel()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Ray's errors become ours."""
+    try:
+        yield
+    except RayActorError as error:
+        raise WorkerLost("The worker died while it ran the request.") from error
+    except RayTaskError as error:
+        raise WorkerLost(f"The worker failed outside the request: {error}") from error
+    except RayServeException as error:
+        raise NotReady(f"No worker can be called: {error}") from error

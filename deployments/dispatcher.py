@@ -2,7 +2,8 @@
 
 It knows the queue and a way to call a worker, nothing of Ray or HTTP. At most `window` requests of a
 model are handed over at once: enough that Serve sees the demand and scales, few enough that what
-waits stays in the queue, where it can be cancelled and ordered.
+waits stays in the queue, where it can be cancelled and ordered. The model hears of the next few of
+those, so that the weights they name are there when their turn comes.
 """
 
 import asyncio
@@ -17,10 +18,13 @@ from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
+from pydantic import BaseModel, ValidationError
+
 from deployments.queue import Queue
-from schemas.errors import NotReady, StoreDown, WorkerLost
+from schemas.assets import takes_weights, weights
+from schemas.errors import DarkroomError, NotReady, StoreDown, WorkerLost
 from schemas.jobs import Claim, Job, Update
-from schemas.settings import Catalogue, LeaseSettings
+from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,9 @@ class ModelHandle(Protocol):
         iterator stops the job within a step.
         """
 
+    async def prefetch(self, job: Job) -> None:
+        """Have a worker begin to fetch the weights of a job that will come. Raises as `generate` does."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
@@ -47,22 +54,41 @@ class Run:
 
 
 class Dispatcher:
-    """One per front. `connect` gives the handle of a model by its application's name."""
+    """One per front.
 
-    def __init__(self, queue: Queue, lease: LeaseSettings, connect: Callable[[str], ModelHandle]) -> None:
+    `connect` gives the handle of a model by its application's name, `input_type` the Input of an
+    endpoint by its id.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        lease: LeaseSettings,
+        connect: Callable[[str], ModelHandle],
+        input_type: Callable[[str], type[BaseModel]],
+    ) -> None:
         self.owner = f"{socket.gethostname()}/{os.getpid()}/{uuid4().hex[:8]}"
         self._queue = queue
         self._lease = lease
         self._connect = connect
+        self._input_type = input_type
         self._windows: dict[str, int] = {}
+        self._sights: dict[str, int] = {}  # how many waiting requests of a model are looked at
+        self._told: dict[str, dict[str, asyncio.Task[None]]] = {}  # of those: model → request id → the call
         self._runs: dict[str, Run] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._next_sweep = 0.0  # by the queue's clock
 
     async def configure(self, catalogue: Catalogue) -> None:
-        """Serve this catalogue from now on. What runs goes on; what waits follows its endpoint."""
+        """Serve this catalogue from now on. What runs goes on; what waits follows its endpoint.
+
+        Raises KeyError for an endpoint that does not exist.
+        """
+        sights = {name: self._sight(entry) for name, entry in catalogue.models.items()}
         await self._queue.reroute(catalogue.routes())
         self._windows = {name: entry.window for name, entry in catalogue.models.items()}
+        self._sights = sights
+        self._forget()  # what waits may belong to another model now
         if not self._loops:
             self._loops = [_detached(self._dispatch()), _detached(self._renew())]
 
@@ -74,6 +100,7 @@ class Dispatcher:
         """Stop, and give back what runs: another dispatcher takes it at once."""
         for loop in self._loops:
             loop.cancel()
+        self._forget()
         for run in list(self._runs.values()):
             await self._stop(run)
 
@@ -97,17 +124,55 @@ class Dispatcher:
         self._next_sweep = min(now + IDLE_S, waiting.next_due or now + IDLE_S)
         for request_id in waiting.cancelled & self._runs.keys():
             self._runs[request_id].task.cancel()
-        for model in waiting.models & self._windows.keys():
-            await self._fill(model)
+        full = [model for model in waiting.models & self._windows.keys() if await self._fill(model)]
+        for model in full:
+            await self._foresee(model)
         return max(0.0, self._next_sweep - self._queue.now())
 
-    async def _fill(self, model: str) -> None:
+    async def _fill(self, model: str) -> bool:
+        """Hand over what the window has room for. Returns whether it is full."""
         running = sum(run.claim.job.model == model for run in self._runs.values())
         room = self._windows[model] - running
-        if room <= 0:
-            return
-        for claim in await self._queue.claim(model, self.owner, room):
+        claims = await self._queue.claim(model, self.owner, room) if room > 0 else []
+        for claim in claims:
             self._start(claim)
+        return len(claims) >= room
+
+    async def _foresee(self, model: str) -> None:
+        """Tell the model of the requests that come next, of each once. Waits for no answer."""
+        sight = self._sights.get(model, 0)
+        if not sight:
+            return
+        jobs = await self._queue.upcoming(model, sight)
+        told = self._told.setdefault(model, {})
+        for request_id in told.keys() - {job.request_id for job in jobs}:
+            told.pop(request_id).cancel()  # it waits no longer
+        for job in jobs:
+            if job.request_id not in told:
+                told[job.request_id] = _detached(self._tell(job))
+
+    async def _tell(self, job: Job) -> None:
+        """Nothing comes of what is wrong here: the request says it when it runs."""
+        try:
+            request = self._input_type(job.endpoint_id).model_validate(job.input)
+            if weights(request):
+                await self._connect(job.model).prefetch(job)
+        except ValidationError:
+            logger.info("request %s is not valid any more", job.request_id)
+        except DarkroomError as error:
+            logger.info("the weights of request %s are not fetched ahead: %s", job.request_id, error.message)
+
+    def _forget(self) -> None:
+        """Forget what was told, and leave off telling."""
+        for told in self._told.values():
+            for call in told.values():
+                call.cancel()
+        self._told.clear()
+
+    def _sight(self, entry: ModelEntry) -> int:
+        """How many waiting requests to look at: none where no endpoint has a field for weights."""
+        takes = any(takes_weights(self._input_type(endpoint_id)) for endpoint_id in entry.endpoints)
+        return entry.prefetch if takes else 0
 
     def _start(self, claim: Claim) -> None:
         request_id = claim.job.request_id

@@ -7,6 +7,7 @@ deployments and the synchronous pipelines.
 
 import asyncio
 import base64
+import contextvars
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image as Picture
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
@@ -29,7 +30,7 @@ from pipelines.base import AnyPipeline, Assets, Generation, Model
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.safety import SafetyChecker
-from schemas.assets import Asset, AssetKind, assets
+from schemas.assets import Asset, AssetKind, assets, weights
 from schemas.errors import (
     AssetError,
     DarkroomError,
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 UPDATE_S = 0.05  # events of so long travel together
 PREVIEW_S = 0.5  # the shortest time between two previews of a job
 RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
+PREFETCHES = 2  # files fetched ahead at once
 
 _Fetched = Picture | Path | bytes | AssetError
 
@@ -62,6 +64,9 @@ class Worker:
         self._files = files
         self._fetcher = Fetcher(files, settings.fetch)
         self._weights = Weights(self._fetcher, settings.weights, settings.fetch)
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._prefetching = asyncio.Semaphore(PREFETCHES)
+        self._prefetches: set[asyncio.Task[None]] = set()
         self._pipelines, model = _load(settings)
         self._safety = _load_safety_checker(settings)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -98,7 +103,12 @@ class Worker:
         return output
 
     async def generate(self, job: Job) -> AsyncGenerator[Update]:
-        """Run a job; the last update has its result. Closing the generator frees the engine."""
+        """Run a job; the last update has its result. Closing the generator frees the engine.
+
+        Of more than `concurrency` jobs the later ones wait here, and their weights are fetched meanwhile.
+        """
+        if self._slots.locked():
+            self.prefetch(job)
         outbox = _Outbox()
         task = asyncio.create_task(self._perform(job, outbox.add))
         task.add_done_callback(outbox.end)
@@ -112,9 +122,37 @@ class Worker:
         finally:
             task.cancel()
 
+    def prefetch(self, job: Job) -> None:
+        """Begin to fetch the weights that a job names, so that they are on disk when it comes.
+
+        Returns at once. It is only a cache: what goes wrong here, the job meets and tells when it runs.
+        """
+        # in a clean context: it outlives the call that began it
+        task = asyncio.get_running_loop().create_task(self._prefetch(job), context=contextvars.Context())
+        self._prefetches.add(task)
+        task.add_done_callback(self._prefetches.discard)
+
+    async def _prefetch(self, job: Job) -> None:
+        try:
+            _, request = self._read(job)
+        except (DarkroomError, ValidationError):
+            return
+        await asyncio.gather(*(self._keep(asset, job) for asset in weights(request)))
+
+    async def _keep(self, asset: Asset, job: Job) -> None:
+        """Have a file in the cache on disk, unpinned."""
+        async with self._prefetching:
+            try:
+                lease = await self._weights.locate(asset, job.base_url, lambda line: None)
+            except (AssetError, OSError) as error:
+                logger.info("a file of request %s was not fetched ahead: %s", job.request_id, error)
+            else:
+                lease.release()
+
     async def _perform(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
         try:
-            return await self._answer(job, emit)
+            async with self._slots:
+                return await self._answer(job, emit)
         except DarkroomError as error:
             return JobResult.failure(error)
         except Exception:
@@ -123,17 +161,15 @@ class Worker:
             return JobResult.failure(InternalError(message))
 
     async def _answer(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
-        pipeline = self._pipelines.get(job.endpoint_id)
-        if pipeline is None:
-            raise NotFound(f"This worker does not serve {job.endpoint_id}.")
-        request = registry.endpoint(job.endpoint_id).input_type().model_validate(job.input)
-        request.check(self._settings.limits)
+        pipeline, request = self._read(job)
         watch = _Stopwatch()
         async with AsyncExitStack() as stack:
             fetched = await self._fetch(job, request, stack, emit)
             watch.lap("fetch")
             generation = await self._prepare(pipeline, request, fetched)
             stack.enter_context(generation.resources)
+            for note in generation.notes:
+                emit(Logged(note, "WARN"))
             watch.lap("encode")
             await self._denoise(job, pipeline, request, generation, emit)
             watch.lap("denoise")
@@ -145,6 +181,15 @@ class Worker:
         timings = watch.timings()
         output = pipeline.answer(request, stored, generation.seed, flags, timings)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
+
+    def _read(self, job: Job) -> tuple[AnyPipeline, EndpointInput]:
+        """The pipeline that runs a job, and its typed input. Raises NotFound, InputError, ValidationError."""
+        pipeline = self._pipelines.get(job.endpoint_id)
+        if pipeline is None:
+            raise NotFound(f"This worker does not serve {job.endpoint_id}.")
+        request = registry.endpoint(job.endpoint_id).input_type().model_validate(job.input)
+        request.check(self._settings.limits)
+        return pipeline, request
 
     async def _fetch(
         self, job: Job, request: EndpointInput, stack: AsyncExitStack, emit: Callable[[JobEvent], None]
@@ -392,8 +437,8 @@ def _load_safety_checker(settings: ModelSettings) -> SafetyChecker | None:
 
 
 def _source(name: str) -> Path | str:
-    """`zoo:NAME` → its folder, built when absent; a folder → itself; anything else is a Hub id."""
+    """`zoo:NAME` → its folder, built when absent; a folder or file → itself; anything else is a Hub id."""
     if name.startswith("zoo:"):
         return zoo.locate(name.removeprefix("zoo:"))
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else name
+    path = Path(name).expanduser()
+    return path if path.exists() else name

@@ -25,7 +25,16 @@ from rich.table import Table
 
 from pipelines import zoo
 
-DRAW, REMAKE = "fal-ai/flux/dev", "fal-ai/flux-lora/image-to-image"
+DRAW = "fal-ai/flux/dev"
+# Endpoints that begin with the picture drawn: what they are told, and the fields that it goes into.
+REMAKE = {
+    "fal-ai/flux-lora/image-to-image": ("the same by night", ["image_url"]),
+    "fal-ai/flux-general/rf-inversion": ("the same in winter", ["image_url"]),
+    "fal-ai/fast-sdxl-controlnet-canny/image-to-image": (
+        "the same as a woodcut",
+        ["image_url", "control_image_url"],
+    ),
+}
 OUT = Path("out")
 
 console = Console()
@@ -49,8 +58,11 @@ def main() -> None:
         point_at(url)
         drawn = make_picture(DRAW, {"prompt": "a lighthouse on a cliff at dawn", "seed": 7})
         start = drawn["images"][0]["url"]
-        remade = make_picture(REMAKE, {"prompt": "the same by night", "seed": 7, "image_url": start})
-        console.print(table([drawn["row"], remade["row"]]))
+        remade = [
+            make_picture(endpoint, {"prompt": prompt, "seed": 7, **dict.fromkeys(fields, start)})
+            for endpoint, (prompt, fields) in REMAKE.items()
+        ]
+        console.print(table([each["row"] for each in (drawn, *remade)]))
         console.print(addresses(url), highlight=False, soft_wrap=True)
         if stay:
             console.print("Ctrl-C stops the server.")

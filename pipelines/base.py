@@ -73,6 +73,7 @@ class Generation:
     format: Format
     check_safety: bool
     inline: bool  # pictures go into the answer as data URIs
+    notes: tuple[str, ...] = ()  # what the caller should know of how the request is run
     resources: ExitStack = field(default_factory=ExitStack)  # what it holds; closed after the last use
 
 

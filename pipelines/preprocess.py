@@ -14,7 +14,8 @@ from transformers import DepthAnythingForDepthEstimation, DPTImageProcessorPil
 
 from pipelines.images import from_tensor
 
-# min_t and max_t in github.com/black-forest-labs/flux, flux/modules/image_embedders.py, CannyImageEncoder
+# For FLUX: min_t and max_t in github.com/black-forest-labs/flux, flux/modules/image_embedders.py,
+# CannyImageEncoder
 CANNY_LOW, CANNY_HIGH = 50, 200
 
 # Of a picture's sides, as the depth model sees it. Beyond, its processor rounds the short side to
@@ -22,9 +23,12 @@ CANNY_LOW, CANNY_HIGH = 50, 200
 _LONGEST = 8
 
 
-def canny(picture: Picture) -> Picture:
-    """An RGB picture → its edges, white on black, RGB, of the same size."""
-    return Image.fromarray(cv2.Canny(np.asarray(picture), CANNY_LOW, CANNY_HIGH)).convert("RGB")
+def canny(picture: Picture, low: int = CANNY_LOW, high: int = CANNY_HIGH) -> Picture:
+    """An RGB picture → its edges, white on black, RGB, of the same size.
+
+    What changes by more than `high` is an edge, and so is what is joined to one and changes by `low`.
+    """
+    return Image.fromarray(cv2.Canny(np.asarray(picture), low, high)).convert("RGB")
 
 
 class DepthEstimator:

@@ -37,6 +37,11 @@ _TABLE = (
     Endpoint("fal-ai/flux/dev", "flux", "flux_dev"),
     Endpoint("fal-ai/flux-lora/image-to-image", "flux", "flux_lora_image_to_image"),
     Endpoint("fal-ai/flux-general/rf-inversion", "flux", "flux_general_rf_inversion"),
+    Endpoint(
+        "fal-ai/fast-sdxl-controlnet-canny/image-to-image",
+        "sd",
+        "fast_sdxl_controlnet_canny_image_to_image",
+    ),
 )
 
 ENDPOINTS: Mapping[str, Endpoint] = {endpoint.id: endpoint for endpoint in _TABLE}

@@ -20,6 +20,11 @@ class AssetKind(Enum):
     EASYCONTROL = "easycontrol"
     CONFIG = "config"  # JSON
 
+    @property
+    def is_weights(self) -> bool:
+        """Whether it is a file for the model, worth fetching ahead and keeping on disk."""
+        return self in (AssetKind.LORA, AssetKind.CONTROLNET, AssetKind.EASYCONTROL)
+
 
 @dataclass(frozen=True, slots=True)
 class Asset:
@@ -47,6 +52,30 @@ def assets(value: BaseModel, loc: Location = ("body",)) -> Iterator[AssetRef]:
         kind = _kind(info)
         variant = getattr(value, "variant", None) if kind is AssetKind.CONTROLNET else None
         yield from _inside(getattr(value, name), (*loc, name), kind, variant)
+
+
+def weights(request: BaseModel) -> list[Asset]:
+    """The weights files that a request names, each once."""
+    return list(dict.fromkeys(ref.asset for ref in assets(request) if ref.asset.kind.is_weights))
+
+
+def takes_weights(kind: type[BaseModel]) -> bool:
+    """Whether requests of this type have a field for a weights file."""
+    for info in kind.model_fields.values():
+        mark = _kind(info)
+        if mark is not None and mark.is_weights:
+            return True
+        if any(takes_weights(part) for part in _objects(info.annotation)):
+            return True
+    return False
+
+
+def _objects(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The types of the objects that a field may hold: `list[LoraWeight] | None` → LoraWeight."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _objects(part)
 
 
 def _kind(info: FieldInfo) -> AssetKind | None:

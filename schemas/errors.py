@@ -7,6 +7,7 @@
     │   ├── AssetError          422, before the field that named the file is known
     │   ├── BadRequest          400
     │   ├── NotAuthenticated    401
+    │   ├── Forbidden           403
     │   ├── NotFound            404
     │   │   └── RequestNotFound 404, with the status word that fal's queue uses
     │   ├── MethodNotAllowed    405
@@ -14,7 +15,7 @@
     │   ├── QueueFull           429
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
-        ├── StoreDown           503, the queue's database cannot be reached or written
+        ├── StoreDown           503, the queue's database or the file store cannot be reached or written
         ├── InternalError       500, the model failed on a valid request
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
@@ -122,6 +123,13 @@ class NotAuthenticated(RequestError):
     error_type = "auth_error"
 
 
+class Forbidden(RequestError):
+    """What the caller shows does not allow this."""
+
+    status = 403
+    error_type = "auth_error"
+
+
 class NotFound(RequestError):
     """No such application, path, request or file."""
 
@@ -197,7 +205,7 @@ class InternalError(ServerError):
 
 
 class StoreDown(ServerError):
-    """The queue's database cannot be reached or written at this moment; nothing was accepted."""
+    """The queue's database or the file store fails at this moment; nothing was accepted."""
 
     status = 503
     retryable = True

@@ -66,6 +66,7 @@ class FrontSettings(Settings):
     )
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
+    max_upload_bytes: int = Field(500 * 2**20, gt=0, description="of an uploaded file")
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     gateway_replicas: int = Field(1, ge=1)
@@ -77,6 +78,9 @@ class ModelEntry(Settings):
     endpoints: tuple[str, ...] = Field(min_length=1, description="endpoint ids that it serves")
     window: int = Field(
         8, ge=1, description="requests handed to Serve at once: replicas × concurrency and a little"
+    )
+    prefetch: int = Field(
+        16, ge=0, description="requests behind a full window whose weights are fetched meanwhile; 0: none"
     )
 
 
@@ -155,6 +159,16 @@ class ModelSettings(Settings):
     depth: str | None = Field(
         None, description="a Depth-Anything model; null: depth preprocessing is refused"
     )
+    controlnet: str | None = Field(
+        None, description="an SDXL canny ControlNet, the same kinds of source; the canny endpoint needs it"
+    )
+    finds_edges: bool = Field(
+        True,
+        description="whether control images are pictures to find edges in; false: they are edges already",
+    )
+    expander: str | None = Field(
+        None, description="a small causal language model for expand_prompt; null: prompts stay as they are"
+    )
     noise_bytes: int = Field(2**28, ge=0, description="RAM for the structured noise of inversions")
     lora_ram_bytes: int = Field(4 * 2**30, ge=0, description="LoRA files kept in RAM")
     cpu_threads: int | None = Field(None, ge=1, description="torch threads; null: all cores")
@@ -166,7 +180,7 @@ class ModelSettings(Settings):
     num_cpus: float = Field(1, ge=0)
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
-    concurrency: int = Field(8, ge=1, description="requests that one replica takes at once")
+    concurrency: int = Field(8, ge=1, description="requests that one replica runs at once")
     drain_s: float = Field(120, gt=0, description="longest wait for running images at a shutdown")
 
     @model_validator(mode="after")

@@ -117,9 +117,7 @@ class Origins:
     async def _copy_own(
         self, key: str, sink: BinaryIO, limit: int, progress: Progress, etag: str | None
     ) -> Downloaded | None:
-        if etag == key:  # what a key names never changes
-            return None
-        return replace(await self._fetcher.copy(key, sink, limit, progress), etag=key)
+        return None if etag == key else await self._fetcher.copy(key, sink, limit, progress)
 
     async def _from_hub(
         self,

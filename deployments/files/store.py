@@ -1,68 +1,144 @@
-"""Where pictures are kept: one object store, by keys that nobody can guess."""
+"""Where files are kept: one object store, by keys that nobody can guess.
 
+    KEY            a file: RANDOM.png for a picture made here, RANDOM_cat.png for what a client sent
+    details/KEY    what is known of a file that a client sent
+
+No other name has the form of a key, and only keys can be opened; see `uploads` for the rest.
+"""
+
+import mimetypes
+import re
 import secrets
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import obstore
 from obstore.store import LocalStore
+from pydantic import BaseModel, ConfigDict
 
 from schemas.settings import local_path
 
 KEY_BYTES = 16  # 128 random bits in a name
+MAX_NAME = 80  # characters of a client's file name that stay in a key
+CHUNK_BYTES = 2**18  # what is read, or written, at once. A store of Amazon's takes 5 MiB at least
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file to be read."""
+    """A file to be read. `name` is what its sender called it."""
 
     size: int
     content_type: str
+    name: str | None
     chunks: AsyncIterator[bytes]
+
+
+class Details(BaseModel):
+    """What is known of a file that a client sent."""
+
+    model_config = ConfigDict(frozen=True)
+
+    content_type: str  # as the client says
+    content: str  # of which parts it is made; the same parts are the same file
+    expires_at: float | None = None  # unix seconds
 
 
 _EXTENSIONS = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp"}
 _TYPES = {extension: kind for kind, extension in _EXTENSIONS.items()}
+_MADE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.({'|'.join(_TYPES)})")
+_SENT = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}_([A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}})")
 
 
 class FileStore:
     """Saves bytes under names of our own, opens them again, says by which URL a client reads them."""
 
-    def __init__(self, store: LocalStore, root_url: str) -> None:
-        self._store = store
-        self._root_url = root_url
+    def __init__(self, objects: LocalStore, folder: Path, clock: Clock = time.time) -> None:
+        self.objects = objects
+        self.folder = folder
+        self.clock = clock
 
     async def save(self, data: bytes, content_type: str) -> str:
-        """Keep `data`; returns its key. The file is whole before the key exists."""
+        """Keep a picture; returns its key. The file is whole before the key exists."""
         key = f"{secrets.token_hex(KEY_BYTES)}.{_EXTENSIONS[content_type]}"
-        await obstore.put_async(self._store, key, data)
+        await obstore.put_async(self.objects, key, data)
         return key
 
     async def open(self, key: str) -> StoredFile | None:
-        """The file of a key that `save` gave, or None. Any other string is None, without a look."""
-        name, _, extension = key.partition(".")
-        known = len(name) == 2 * KEY_BYTES and set(name) <= set("0123456789abcdef")
-        if not known or extension not in _TYPES:
+        """The file of a key, or None. What is no key is None without a look."""
+        content_type = await self._content_type(key)
+        if content_type is None:
             return None
         try:
-            found = await obstore.get_async(self._store, key)
+            found = await obstore.get_async(self.objects, key)
         except FileNotFoundError:
             return None
-        return StoredFile(found.meta["size"], _TYPES[extension], _chunks(found))
+        sent = _SENT.fullmatch(key)
+        return StoredFile(found.meta["size"], content_type, sent and sent[1], _chunks(found))
+
+    async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes from `start` to before `end` of a file that has been opened."""
+        found = await obstore.get_async(self.objects, key, options={"range": (start, end)})
+        async for chunk in _chunks(found):
+            yield chunk
+
+    async def has(self, key: str) -> bool:
+        """Whether `open` would find the file."""
+        return await self._content_type(key) is not None and await self.is_there(key)
+
+    async def is_there(self, name: str) -> bool:
+        """Whether the store has an object of this name."""
+        try:
+            await obstore.head_async(self.objects, name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def details(self, key: str) -> Details | None:
+        """What is known of a file that a client sent, or is about to send."""
+        try:
+            found = await obstore.get_async(self.objects, f"details/{key}")
+        except FileNotFoundError:
+            return None
+        return Details.model_validate_json(bytes(await found.bytes_async()))
 
     def url(self, key: str, base_url: str) -> str:
         """Where a client finds the key: on the server at `base_url`, or in the store itself."""
-        return f"{base_url}/files/{key}" if base_url else f"{self._root_url}/{key}"
+        return f"{base_url}/files/{key}" if base_url else f"{self.folder.as_uri()}/{key}"
+
+    async def _content_type(self, key: str) -> str | None:
+        """None for what is no key, and for a file whose time is over."""
+        if made := _MADE.fullmatch(key):
+            return _TYPES[made[1]]
+        details = await self.details(key) if is_sent(key) else None
+        if details is None or (details.expires_at is not None and details.expires_at <= self.clock()):
+            return None
+        return details.content_type
+
+
+def new_key(name: str | None, content_type: str) -> str:
+    """A key for a file that a client will send: the end of its name stays, in plain letters."""
+    name = name or f"file{mimetypes.guess_extension(content_type.partition(';')[0]) or ''}"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", re.split(r"[/\\]", name)[-1])
+    return f"{secrets.token_hex(KEY_BYTES)}_{plain[-MAX_NAME:].lstrip('.') or 'file'}"
+
+
+def is_sent(key: str) -> bool:
+    """Whether the key has the form of a client's file."""
+    return _SENT.fullmatch(key) is not None
 
 
 async def _chunks(found: "obstore.GetResult") -> AsyncIterator[bytes]:
-    async for chunk in found:
+    async for chunk in found.stream(CHUNK_BYTES):
         yield bytes(chunk)
 
 
-def open_files(url: str) -> FileStore:
+def open_files(url: str, clock: Clock = time.time) -> FileStore:
     """Open the store at `file://PATH`; the folder is made when absent."""
     path = local_path(url, "file")
     if path is None:
         raise ValueError(f"files_url must begin with file://, got {url!r}")
-    return FileStore(LocalStore(path, mkdir=True), path.as_uri())
+    return FileStore(LocalStore(path, mkdir=True), path, clock)

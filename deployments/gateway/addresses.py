@@ -7,6 +7,8 @@ other way are brought to that form, in this order:
 2. `/api/fal/proxy`: by the host in `x-fal-target-url`;
 3. a host name of fal's, or one that begins like it (`queue.`, `rest.`, `v3.`);
 4. a bare path: the queue if it names a request or carries what only submits carry, else a run.
+
+fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`.
 """
 
 import re
@@ -20,6 +22,7 @@ from schemas.errors import BadRequest, NotFound, RequestNotFound
 PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
 OWN_PATHS = ("/", "/health", "/ready")
+FILES = "/files/"
 SERVICES = ("run", "queue", "rest", "cdn")
 
 _HOSTS = {
@@ -48,9 +51,15 @@ def canonical(path: str, query: str, headers: Mapping[str, str]) -> Address:
 
     Raises BadRequest for a proxy call without a target, or with one that is not fal's or ours.
     """
+    address = _prefixed(path, query, headers)
+    is_file = address.path.startswith(f"/cdn{FILES}")
+    return Address(address.path.removeprefix("/cdn"), address.query) if is_file else address
+
+
+def _prefixed(path: str, query: str, headers: Mapping[str, str]) -> Address:
     if path.rstrip("/") == PROXY_PATH:
         return _proxied(headers)
-    if path in OWN_PATHS or path.startswith("/files/") or _prefix(path) in SERVICES:
+    if path in OWN_PATHS or path.startswith(FILES) or _prefix(path) in SERVICES:
         return Address(path, query)
     service = _service_of_host(headers.get("host", "")) or _service_of_bare(path, query, headers)
     return Address(f"/{service}{path}", query)

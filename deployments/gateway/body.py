@@ -26,7 +26,7 @@ class _TooLong:
 async def read(chunks: AsyncIterable[bytes], declared: str | None, limit: int) -> bytes:
     """The whole body. Raises BodyTooLarge before more than `limit` bytes are kept."""
     refusal = BodyTooLarge(f"The body must be at most {limit} bytes; send files by URL instead.")
-    if declared is not None and declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+    if (length(declared) or 0) > limit:
         raise refusal
     body = bytearray()
     async for chunk in chunks:
@@ -34,6 +34,12 @@ async def read(chunks: AsyncIterable[bytes], declared: str | None, limit: int) -
         if len(body) > limit:
             raise refusal
     return bytes(body)
+
+
+def length(declared: str | None) -> int | None:
+    """What a Content-Length header says, if it says anything."""
+    is_number = declared is not None and declared.isascii() and declared.isdigit()
+    return int(declared[:20]) if declared and is_number else None
 
 
 def parse(body: bytes) -> dict[str, Any]:

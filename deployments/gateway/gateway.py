@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from deployments.files.store import FileStore
+from deployments.files.uploads import Uploads
 from deployments.gateway import inline, validation
 from deployments.gateway.addresses import application, belongs
 from deployments.gateway.keys import ANYONE
@@ -66,6 +67,7 @@ class Gateway:
 
     def __init__(self, queue: Queue, files: FileStore, settings: FrontSettings) -> None:
         self.files = files
+        self.uploads = Uploads(files, settings.max_upload_bytes)
         self.settings = settings
         self._queue = queue
         self._routes: Mapping[str, str] = {}

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from deployments.gateway import answers, body, middleware, sse, wishes
+from deployments.gateway import answers, body, downloads, middleware, sse, uploads, wishes
 from deployments.gateway.addresses import METHODS, Verb, queue_path
 from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keys import Keys
@@ -33,7 +33,8 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         Route("/", http.about),
         Route("/health", http.health),
         Route("/ready", http.ready),
-        Route("/files/{key}", http.file),
+        *downloads.routes(gateway.files),
+        *uploads.routes(gateway, keys),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
         Route("/rest/{path:path}", http.unknown, methods=everything),
@@ -68,18 +69,6 @@ class _Http:
 
     async def unknown(self, request: Request) -> Response:
         raise NotFound(f"Path {request.url.path} not found")
-
-    async def file(self, request: Request) -> Response:
-        found = await self._gateway.files.open(request.path_params["key"])
-        if found is None:
-            raise NotFound("File not found")
-        headers = {
-            "content-length": str(found.size),
-            "cache-control": "public, max-age=31536000, immutable",
-            "x-content-type-options": "nosniff",
-            "content-security-policy": "default-src 'none'; sandbox",
-        }
-        return StreamingResponse(found.chunks, media_type=found.content_type, headers=headers)
 
     async def queue(self, request: Request) -> Response:
         path = queue_path(request.path_params["path"])

@@ -24,7 +24,8 @@ from schemas.errors import (
 logger = logging.getLogger(__name__)
 
 PUBLIC_PATHS = ("/health", "/ready")
-PUBLIC_PREFIXES = ("/files/",)  # named by 128 random bits
+# A file is named by 128 random bits. Who sends one shows a ticket or a pass instead of a key.
+PUBLIC_PREFIXES = ("/files/", "/cdn/files/")
 
 _EXPOSED = (
     "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, "
@@ -93,7 +94,8 @@ class Errors:
         except Exception as error:
             known = _known(error)
             if known.status >= 500 and not isinstance(error, DarkroomError):
-                logger.exception("%s %s failed, %s", scope["method"], scope["path"], _id(scope))
+                path = scope["path"].partition("/multipart/")[0]  # what follows is a ticket
+                logger.exception("%s %s failed, %s", scope["method"], path, _id(scope))
             if began:
                 raise
             await answers.failure(known)(scope, receive, send)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from schemas.errors import FieldError, InputError, Location
@@ -12,18 +12,24 @@ from schemas.fields import EndpointInput
 from schemas.settings import Limits
 
 InputT = TypeVar("InputT", bound=EndpointInput)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_ECHO = 200  # characters of a wrong value that are sent back
 
 
 def validate(kind: type[InputT], data: Mapping[str, Any], limits: Limits) -> InputT:
     """Raises InputError that names each wrong field by its path, and what to change."""
-    try:
-        value = kind.model_validate(dict(data))
-    except ValidationError as error:
-        raise InputError([_field(each, data) for each in error.errors()]) from None
+    value = read(kind, data)
     value.check(limits)
     return value
+
+
+def read(kind: type[ModelT], data: Mapping[str, Any]) -> ModelT:
+    """What the schema alone can tell. Raises InputError."""
+    try:
+        return kind.model_validate(dict(data))
+    except ValidationError as error:
+        raise InputError([_field(each, data) for each in error.errors()]) from None
 
 
 def ignored(kind: type[EndpointInput], data: Mapping[str, Any]) -> list[str]:

@@ -206,6 +206,15 @@ class Queue:
 
         return await self._write(operation)
 
+    async def upcoming(self, model: str, limit: int) -> list[Job]:
+        """The jobs that the next `claim` of so many would take. Takes none of them."""
+        wanted = {"model": model, "now": self._clock(), "limit": limit}
+
+        def operation(connection: Connection) -> list[Job]:
+            return [rows.job(row) for row in connection.execute(sql.UPCOMING, wanted).mappings()]
+
+        return await self._database.read(operation)
+
     async def heartbeat(self, claims: Sequence[Claim]) -> frozenset[str]:
         """Renew the leases of these claims. Returns the request ids of those that still hold."""
 

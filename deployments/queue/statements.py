@@ -38,7 +38,8 @@ _earlier = _count.where(
 # How many queued requests of the model run before this one: two ranges of one index.
 POSITION = select(_higher.scalar_subquery() + _earlier.scalar_subquery())
 
-CLAIMABLE = (
+# The next requests of a model: the head of one index.
+UPCOMING = (
     select(requests)
     .where(
         _of_model,
@@ -47,8 +48,8 @@ CLAIMABLE = (
     )
     .order_by(requests.c.priority, requests.c.seq)
     .limit(bindparam("limit"))
-    .with_for_update(skip_locked=True)
 )
+CLAIMABLE = UPCOMING.with_for_update(skip_locked=True)
 
 RENEW = (
     update(requests)

@@ -6,7 +6,8 @@ range of ranks, and a forward adds, for each of its rows, the ranges that the ro
     y[row] += up · (scale[row] ⊙ (down · x[row]))
 
 and the scaled biases of adapters that have some, so rows of one batch carry different adapters, any
-number each, and the base stays as it was loaded. A scale may differ from layer to layer.
+number each, and the base stays as it was loaded. A scale may differ from layer to layer. Beside a
+convolution, `down` is a convolution with its settings to as many channels as ranks, and `up` a 1×1 one.
 The idea of batching adapters this way is that of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
 """
 
@@ -19,9 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
 
 from pipelines.adapters.lora import Lora, LoraLayer
 from schemas.errors import AssetError
+
+Adaptable = nn.Linear | nn.Conv2d  # convolutions without groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,43 +66,68 @@ class _Active:
 
 
 class _Layer:
-    """The buffers of one nn.Linear, and the hook that adds them to its output."""
+    """The buffers of one module, and the hook that adds them to its output."""
 
-    def __init__(self, bank: "LoraBank", name: str, module: nn.Linear) -> None:
+    def __init__(self, bank: "LoraBank", name: str, module: Adaptable) -> None:
         self._bank = bank
         self._name = name
-        self._down = module.weight.new_zeros(bank.rank, module.in_features)
-        self._up = module.weight.new_zeros(module.out_features, bank.rank)
+        out, *inner = module.weight.shape
+        self._down = module.weight.new_zeros(bank.rank, *inner)
+        self._up = module.weight.new_zeros(out, bank.rank)
         self._biases: Mapping[int, Tensor] = {}  # [out] of adapters that have one, by their first rank
         module.register_forward_hook(self._add)
 
     def put(self, start: int, stop: int, given: LoraLayer | None) -> None:
         """Write ranks [start, stop); what is not given becomes zero."""
-        self._down[start:stop] = 0
-        self._up[:, start:stop] = 0
         # replaced, not changed: the thread that runs the modules may be reading it
         biases = {first: bias for first, bias in self._biases.items() if not start <= first < stop}
+        used = start
         if given is not None:
-            used = start + given.rank
+            used += given.rank
             self._down[start:used].copy_(given.down)
             self._up[:, start:used].copy_(given.up)
             if given.bias is not None:
                 biases[start] = given.bias.to(self._up)
+        if used < stop:
+            self._down[used:stop] = 0
+            self._up[:, used:stop] = 0
         self._biases = biases
 
-    def _add(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _add(self, module: Adaptable, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         active = self._bank.active
         if active is None:
             return None
         x: Tensor = inputs[0]
+        down, up = self._down[active.start : active.stop], self._up[:, active.start : active.stop]
         scales = active.apart.get(self._name, active.scales).to(x.dtype)
-        scales = scales.view(len(scales), *(1,) * (x.dim() - 2), -1)
-        inner = nn.functional.linear(x, self._down[active.start : active.stop]) * scales
-        added = nn.functional.linear(inner, self._up[:, active.start : active.stop])
+        added = _widen(module, _narrow(module, x, down) * _over(module, scales, x), up)
         for first, bias in self._biases.items():
             if active.start <= first < active.stop:  # all ranks of an adapter have its scale
-                added += scales[..., first - active.start, None] * bias
+                added += _over(module, scales[:, first - active.start, None] * bias, x)
         return output + added
+
+
+# A linear layer has its channels last, a convolution [rows, channels, height, width].
+
+
+def _narrow(module: Adaptable, x: Tensor, down: Tensor) -> Tensor:
+    """From the module's input to one channel for each rank."""
+    if isinstance(module, nn.Linear):
+        return linear(x, down)
+    inner: Tensor = module._conv_forward(x, down, None)  # by the module's stride, padding and dilation
+    return inner
+
+
+def _widen(module: Adaptable, inner: Tensor, up: Tensor) -> Tensor:
+    """From one channel for each rank to the module's output."""
+    return linear(inner, up) if isinstance(module, nn.Linear) else conv2d(inner, up[..., None, None])
+
+
+def _over(module: Adaptable, values: Tensor, x: Tensor) -> Tensor:
+    """A value for each row and channel [rows, channels] → to be broadcast over all places in the row."""
+    if isinstance(module, nn.Linear):
+        return values.view(len(values), *(1,) * (x.dim() - 2), -1)
+    return values[..., None, None]
 
 
 class LoraBank:
@@ -108,7 +137,7 @@ class LoraBank:
     modules.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Linear], rank: int) -> None:
+    def __init__(self, targets: Mapping[str, Adaptable], rank: int) -> None:
         self.rank = rank
         self.active: _Active | None = None
         self._targets = targets

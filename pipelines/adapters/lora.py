@@ -1,7 +1,8 @@
 """LoRA files of any family: read, checked against the model's layers, and brought to one form.
 
 A LoRA (Hu et al. 2021, arXiv 2106.09685) adds (alpha / rank) · up @ down to a linear layer's weight,
-and perhaps (alpha / rank) · a bias to its output, as peft does. A control LoRA, such as Black Forest
+and perhaps (alpha / rank) · a bias to its output, as peft does. To a convolution it adds one to `rank`
+channels, and a 1×1 one from there to all channels, as LoCon does. A control LoRA, such as Black Forest
 Labs' for canny edges and depth, also widens the layer that reads the latents, so that it reads a control
 image beside them, and replaces the weights of norms.
 Trainers name the layers in many ways and fuse some of them; the family's translator knows the names,
@@ -31,7 +32,8 @@ class LoraLayer:
     """What is added to one layer: up @ down and perhaps a bias, alpha included.
 
     down [rank, in], up [out, rank] and bias [out] are on the CPU in float32 or narrower, not always the
-    same dtype. Layers that were fused in the file may share one `down`.
+    same dtype. A convolution's down is [rank, in, height, width], like the layer's own kernel.
+    Layers that were fused in the file may share one `down`.
     """
 
     down: Tensor
@@ -68,6 +70,29 @@ class Lora:
         down, up = self.control.down.to(tokens), self.control.up.to(tokens)
         return linear(linear(tokens, down) * scale, up)
 
+    def pinned(self, pin: Callable[[Tensor], Tensor] = Tensor.pin_memory) -> "Lora":
+        """The same in page-locked memory, from where a GPU fetches at full speed.
+
+        Tensors that layers share stay shared.
+        """
+        known: dict[int, Tensor] = {}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in known:
+                known[id(tensor)] = pin(tensor)
+            return known[id(tensor)]
+
+        def layer(each: LoraLayer) -> LoraLayer:
+            return LoraLayer(
+                moved(each.down), moved(each.up), None if each.bias is None else moved(each.bias)
+            )
+
+        return Lora(
+            {name: layer(each) for name, each in self.layers.items()},
+            layer(self.control) if self.control else None,
+            {name: moved(weight) for name, weight in self.norms.items()},
+        )
+
     @property
     def nbytes(self) -> int:
         """As if no layers shared a tensor."""
@@ -95,7 +120,9 @@ class Destination:
 # ".scale" and the like, to its destination in the model; None for a name it does not know.
 Translate = Callable[[str], Destination | None]
 
-Shapes = Mapping[str, tuple[int, int]]
+# Every layer that may carry a LoRA, with the shape of its weight: (out, in), or (out, in, height, width) of a
+# convolution's kernel.
+Shapes = Mapping[str, tuple[int, ...]]
 _NO_NORMS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -107,7 +134,7 @@ def load(
     norms: Mapping[str, int] = _NO_NORMS,
     wide: str | None = None,
 ) -> Lora:
-    """Read a LoRA; `shapes` maps every layer that may carry one to its weight's (out, in).
+    """Read a LoRA for the layers of these shapes.
 
     `norms` maps the norms that it may replace to the sizes of their weights; `wide` is the layer that may
     read a control image of as many channels beside its own input.
@@ -164,11 +191,14 @@ class _Found:
         return "norm" in self.keys or {"down", "up"} <= self.keys.keys()
 
 
-# After the name. Between lora_A and weight, peft may put the adapter's name. The first that fits counts.
+# After the name. Between lora_A and weight, peft may put the adapter's name; before down, diffusers put the
+# LoRA's until 2023. The first that fits counts.
+_DOWN = r"\.(lora_A(\.\w+)?|lora_down|((lora|lora_linear_layer)\.)?down)"
+_UP = r"\.(lora_B(\.\w+)?|lora_up|((lora|lora_linear_layer)\.)?up)"
 _ROLES = {
-    "down": re.compile(r"\.(lora_A(\.\w+)?|lora_down|down)\.weight$"),
-    "up": re.compile(r"\.(lora_B(\.\w+)?|lora_up|up)\.weight$"),
-    "bias": re.compile(r"\.(lora_B(\.\w+)?|lora_up|up)\.bias$"),
+    "down": re.compile(_DOWN + r"\.weight$"),
+    "up": re.compile(_UP + r"\.weight$"),
+    "bias": re.compile(_UP + r"\.bias$"),
     "alpha": re.compile(r"\.alpha$"),
     "norm": re.compile(r"\.(weight|scale)$"),
 }
@@ -225,16 +255,15 @@ def _check_complete(found: list[_Found]) -> None:
 def _check_shapes(found: _Found, file: TensorFile, shapes: Shapes, wide: str | None) -> None:
     targets = found.destination.targets
     rows = sum(shapes[target][0] for target in targets)
-    columns = shapes[targets[0]][1]
+    columns, *kernel = shapes[targets[0]][1:]
     down, up = found.keys["down"], found.keys["up"]
     rank = file.shapes[down][0] if file.shapes[down] else 0
     if rank > MAX_RANK:
         raise invalid(f"{down} has rank {rank}; at most {MAX_RANK} is accepted.")
     if targets == (wide,) and file.shapes[down][1:2] == (2 * columns,):
         columns *= 2
-    for key, expected in ((down, (rank, columns)), (up, (rows, rank))):
-        # as a matrix, or as a 1×1 convolution
-        _check_shape(key, file.shapes[key], expected, (*expected, 1, 1))
+    for key, expected in ((down, (rank, columns, *kernel)), (up, (rows, rank))):
+        _check_shape(key, file.shapes[key], *_forms(expected))
     if bias := found.keys.get("bias"):
         _check_shape(bias, file.shapes[bias], (rows,))
     alpha = found.keys.get("alpha")
@@ -245,6 +274,12 @@ def _check_shapes(found: _Found, file: TensorFile, shapes: Shapes, wide: str | N
 def _check_norm(found: _Found, file: TensorFile, norms: Mapping[str, int]) -> None:
     key = found.keys["norm"]
     _check_shape(key, file.shapes[key], (norms[found.destination.targets[0]],))
+
+
+def _forms(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """How a weight may be stored: trainers write matrices as 1×1 convolutions, and the reverse."""
+    matrix, kernel = shape[:2], shape[2:]
+    return (shape, matrix, (*matrix, 1, 1)) if kernel in ((), (1, 1)) else (shape,)
 
 
 def _check_shape(key: str, shape: tuple[int, ...], *expected: tuple[int, ...]) -> None:
@@ -288,7 +323,7 @@ def _layers(
     found: _Found, tensors: Mapping[str, Tensor], notes: Mapping[str, object], shapes: Shapes
 ) -> Iterator[tuple[str, LoraLayer]]:
     targets = found.destination.targets
-    layer = _scaled(found, tensors, notes)
+    layer = _scaled(found, tensors, notes, kernel=shapes[targets[0]][2:])
     check_finite({key: getattr(layer, role) for role, key in found.keys.items() if role != "alpha"})
     if found.destination.halves_swapped:
         bias = None if layer.bias is None else _swapped(layer.bias)
@@ -301,9 +336,12 @@ def _layers(
         yield target, _without_idle_ranks(part) if len(targets) > 1 else part
 
 
-def _scaled(found: _Found, tensors: Mapping[str, Tensor], notes: Mapping[str, object]) -> LoraLayer:
+def _scaled(
+    found: _Found, tensors: Mapping[str, Tensor], notes: Mapping[str, object], kernel: tuple[int, ...]
+) -> LoraLayer:
     """The layer as it is in the file, alpha included: peft scales the bias like the rest."""
-    down, up = (_narrow(tensors[found.keys[role]]).flatten(1) for role in ("down", "up"))
+    down, up = (_narrow(tensors[found.keys[role]]) for role in ("down", "up"))
+    down, up = down.reshape(len(down), -1, *kernel), up.flatten(1)
     bias = _narrow(tensors[found.keys["bias"]]) if "bias" in found.keys else None
     if "alpha" in found.keys:
         scale = tensors[found.keys["alpha"]].item() / len(down)

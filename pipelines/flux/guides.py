@@ -21,8 +21,9 @@ from pipelines.flux.controlnet_file import INVALID_CONFIG, ControlNetConfig, rea
 from pipelines.flux.lora_keys import WIDE
 from pipelines.flux.model import FluxModel
 from pipelines.flux.pipeline import FoundLora
-from pipelines.flux.plan import Attended, Reference, Timed
+from pipelines.flux.plan import Attended, Reference
 from pipelines.flux.sampling import Grid, draw_noise
+from pipelines.timed import Timed
 from schemas.endpoints.flux_general_rf_inversion import (
     Control,
     ControlLoraWeight,
@@ -123,7 +124,8 @@ class GuideReader:
         return _Net(loc, _name(path, text), path, config, False, ((loc, wish),))
 
     def _wanted(self, net: _Net) -> Wanted[Any]:
-        return Wanted(net.path.stat().st_size, partial(self._load, net))
+        with named_by((*net.loc, "path")):
+            return Wanted(self._model.nbytes_of(net.path), partial(self._load, net))
 
     def _load(self, net: _Net) -> Any:
         try:

@@ -2,19 +2,19 @@
 
 Trainers name a layer as diffusers does or as Black Forest Labs' own code does
 (https://github.com/black-forest-labs/flux, model.py), with one of several prefixes, with dots or with
-underscores for dots. We list every name of every layer once; translating is a look-up.
+underscores for dots.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch.nn import Linear, RMSNorm
 
-from pipelines.adapters.lora import Destination, Translate
-from pipelines.adapters.tensor_file import invalid, listed
+from pipelines.adapters import lora_names
+from pipelines.adapters.lora import Destination, Shapes, Translate
+from pipelines.adapters.lora_names import Named, Prefixes, with_or_without
 
-Targets = Mapping[str, tuple[int, int]]
 NormSizes = Mapping[str, int]
 
 # What control LoRAs widen: it reads the latents' tokens, and beside them the control image's.
@@ -70,25 +70,23 @@ _SINGLE_BLOCK_NORMS = {
 }
 _HALVES_SWAPPED = "final_layer.adaLN_modulation.1"  # shift then scale there, scale then shift in diffusers
 
-# By component: what may stand before a name with dots, and before one with underscores.
 _PREFIXES = {
-    "transformer": (
+    "transformer": Prefixes(
         ("", "transformer.", "diffusion_model."),
         ("lora_unet_", "lora_transformer_", "lycoris_"),
     ),
-    "text_encoder": (
+    "text_encoder": Prefixes(
         ("text_encoder.", "text_encoders.clip_l.transformer."),
         ("lora_te_", "lora_te1_"),
     ),
-    "text_encoder_2": (
+    "text_encoder_2": Prefixes(
         ("text_encoder_2.", "text_encoders.t5xxl.transformer."),
         ("lora_te2_", "lora_te3_"),  # sd-scripts counts T5 as the third encoder
     ),
 }
-_PEFT_PREFIX = "base_model.model."
 
 
-def targets(transformer: Any, text_encoder: Any, text_encoder_2: Any) -> Targets:
+def targets(transformer: Any, text_encoder: Any, text_encoder_2: Any) -> Shapes:
     """Every layer that may carry a LoRA, "component.path", with its weight's (out, in)."""
     components = {
         "transformer": transformer,
@@ -112,59 +110,17 @@ def norms(transformer: Any) -> NormSizes:
     }
 
 
-def translator(targets: Targets, norms: NormSizes = MappingProxyType({})) -> Translate:
+def translator(targets: Shapes, norms: NormSizes = MappingProxyType({})) -> Translate:
     """The translator for a model with these targets and norms."""
-    names: dict[str, Destination] = {}
-    for spelling, destination in _spellings([*targets, *norms]):
-        assert names.setdefault(spelling, destination) == destination, f"{spelling} is ambiguous"
-
-    def translate(name: str) -> Destination | None:
-        return names.get(name.removeprefix(_PEFT_PREFIX))
-
-    return translate
+    return lora_names.translator(lora_names.spellings([*targets, *norms], _PREFIXES, _names))
 
 
-def layer_scales(wish: Mapping[str, float], targets: Targets) -> Mapping[str, float]:
-    """The scale of each target that a request's map of names to scales sets.
-
-    A name is any spelling of a layer, or the beginning of some, up to a dot: "transformer_blocks.0.attn",
-    "double_blocks.0", "diffusion_model.single_blocks". Where several fit, the one that fits the fewest
-    layers counts, of those the longest. Raises AssetError listing the names that fit none.
-    """
-    fitting: dict[str, set[str]] = {name.removeprefix(_PEFT_PREFIX): set() for name in wish}
-    for spelling, destination in _spellings(targets):
-        for beginning in _beginnings(spelling):
-            if beginning in fitting:
-                fitting[beginning].update(destination.targets)
-    layers = {name: fitting[name.removeprefix(_PEFT_PREFIX)] for name in wish}
-    if unknown := [name for name in wish if not layers[name]]:
-        raise invalid(f"The scale names layers that this model does not have: {listed(unknown)}.")
-    scales: dict[str, float] = {}
-    for name in sorted(wish, key=lambda name: (-len(layers[name]), len(name))):
-        scales |= dict.fromkeys(layers[name], wish[name])
-    return scales
+def layer_scales(wish: Mapping[str, float], targets: Shapes) -> Mapping[str, float]:
+    """The scale of each target that a request's map of names to scales sets; see lora_names."""
+    return lora_names.layer_scales(wish, lora_names.spellings(targets, _PREFIXES, _names))
 
 
-def _beginnings(spelling: str) -> Iterator[str]:
-    """ "a.b.c", "a.b", "a"."""
-    while spelling:
-        yield spelling
-        spelling = spelling.rpartition(".")[0]
-
-
-def _spellings(targets: Iterable[str]) -> Iterator[tuple[str, Destination]]:
-    """All names of all targets, with prefixes."""
-    paths: dict[str, list[str]] = {component: [] for component in _PREFIXES}
-    for target in targets:
-        component, _, path = target.partition(".")
-        paths[component].append(path)
-    for component, (dotted, flat) in _PREFIXES.items():
-        for name, destination in _names(component, paths[component]):
-            yield from ((prefix + name, destination) for prefix in dotted)
-            yield from ((prefix + name.replace(".", "_"), destination) for prefix in flat)
-
-
-def _names(component: str, paths: list[str]) -> Iterator[tuple[str, Destination]]:
+def _names(component: str, paths: list[str]) -> Iterator[Named]:
     """A component's layers by all their names, without prefixes."""
     for path in paths:
         yield path, Destination((f"{component}.{path}",))
@@ -172,11 +128,8 @@ def _names(component: str, paths: list[str]) -> Iterator[tuple[str, Destination]
         for name, parts in _original_names(paths):
             yield name, Destination(tuple(f"transformer.{part}" for part in parts), name == _HALVES_SWAPPED)
     if component == "text_encoder":
-        # transformers 5.6 dropped the text_model wrapper; files have either
-        for path in paths:
-            bare = path.removeprefix("text_model.")
-            other = bare if bare != path else f"text_model.{path}"
-            yield other, Destination((f"text_encoder.{path}",))
+        for path in paths:  # transformers 5.6 dropped the wrapper; files have either
+            yield with_or_without("text_model", path), Destination((f"text_encoder.{path}",))
 
 
 def _original_names(paths: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

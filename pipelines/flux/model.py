@@ -1,5 +1,6 @@
 """FLUX's resident weights: two text encoders, the transformer, the VAE, and what stands beside them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL.Image import Image as Picture
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from pipelines.adapters import tensor_file
 from pipelines.adapters.bank import LoraBank, LoraUse
 from pipelines.adapters.cache import Cache
 from pipelines.adapters.lora import Lora
@@ -74,9 +76,7 @@ class FluxModel(Model):
         components.to(settings.device)
         width = components.transformer.config.joint_attention_dim
         redux = Redux.load(locate(settings.redux), settings.device, dtype, width) if settings.redux else None
-        depth = (
-            DepthEstimator.load(locate(settings.depth), settings.device, dtype) if settings.depth else None
-        )
+        depth = DepthEstimator.load(locate(settings.depth), settings.device) if settings.depth else None
         return cls(components, settings, redux, depth)
 
     @torch.inference_mode()
@@ -119,7 +119,8 @@ class FluxModel(Model):
         """A LoRA file, kept in RAM by its content's name. Raises AssetError that names the keys."""
 
         def load() -> Lora:
-            return load_lora(path, self._translate, self.targets, norms=self._norm_sizes, wide=WIDE)
+            lora = load_lora(path, self._translate, self.targets, norms=self._norm_sizes, wide=WIDE)
+            return lora.pinned() if self._device.type == "cuda" else lora
 
         return self._loras.get(path.name, load)
 
@@ -127,6 +128,11 @@ class FluxModel(Model):
         """An EasyControl file, kept in RAM by its content's name. Raises AssetError that names the keys."""
         transformer = self._parts.transformer
         return self._easycontrols.get(path.name, lambda: easycontrol.load(path, transformer))
+
+    def nbytes_of(self, path: Path) -> int:
+        """What a file's tensors take on the device in the model's dtype. Raises AssetError."""
+        numbers = sum(math.prod(shape) for shape in tensor_file.read(path).shapes.values())
+        return numbers * self._dtype.itemsize
 
     def load_controlnet(self, path: Path, config: ControlNetConfig | None) -> Any:
         """A FluxControlNetModel on the model's device. Raises AssetError that names the keys."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from torch import Tensor
 
@@ -22,8 +22,8 @@ from pipelines.flux.sampling import (
     euler,
     noised,
 )
+from pipelines.timed import Timed
 
-T = TypeVar("T")
 Sampler = Literal["euler", "dpmpp_2m"]
 
 
@@ -78,23 +78,6 @@ class Row:
     controls: tuple[ControlUse, ...] = ()
     conditions: tuple[Attended, ...] = ()
     reference: Reference | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Timed(Generic[T]):
-    """What acts in a part of the steps only: from `start` to `end`, fractions of them."""
-
-    what: T
-    start: float = 0.0
-    end: float = 1.0
-
-    def holds(self, step: int, steps: int) -> bool:
-        """Whether the whole step lies inside, as diffusers counts it for ControlNets."""
-        return self.start <= step / steps and (step + 1) / steps <= self.end
-
-    def has_begun(self, step: int, steps: int) -> bool:
-        """Whether the step's beginning lies inside."""
-        return self.start <= step / steps < self.end
 
 
 @dataclass(frozen=True, slots=True, eq=False)

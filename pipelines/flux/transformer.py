@@ -27,6 +27,8 @@ class AdaptedTransformer:
 
     def __init__(self, transformer: Any, bank: LoraBank) -> None:
         self._transformer = transformer
+        self._device: torch.device = transformer.device  # diffusers looks for them in every module
+        self._dtype: torch.dtype = transformer.dtype
         self._blocks = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
         self._bank = bank
         self._norms = Norms(
@@ -63,7 +65,7 @@ class AdaptedTransformer:
 
     def _inputs(self, rows: Sequence[Row], latents: Sequence[Tensor], grid: Grid) -> dict[str, Any]:
         """What the transformer and the ControlNets are called with."""
-        device, dtype = self._transformer.device, self._transformer.dtype
+        device, dtype = self._device, self._dtype
         sigmas = torch.tensor([row.sigma for row in rows], device=device)
         takes_guidance: bool = self._transformer.config.guidance_embeds
         return {

@@ -18,10 +18,14 @@ Report = Callable[[str], None]
 RECIPE = 1
 
 _BUILDERS = {
-    "flux": "pipelines.zoo.flux",
-    "flux-redux": "pipelines.zoo.redux",
-    "depth-anything": "pipelines.zoo.depth",
-    "safety-checker": "pipelines.zoo.safety",
+    "flux": "pipelines.zoo.flux:build",
+    "flux-redux": "pipelines.zoo.redux:build",
+    "depth-anything": "pipelines.zoo.depth:build",
+    "safety-checker": "pipelines.zoo.safety:build",
+    "sd15": "pipelines.zoo.sd:build_sd15",
+    "sd2": "pipelines.zoo.sd:build_sd2",
+    "sdxl": "pipelines.zoo.sd:build_sdxl",
+    "sdxl-canny": "pipelines.zoo.sd:build_sdxl_canny",
 }
 
 _log = logging.getLogger(__name__)
@@ -55,13 +59,14 @@ def _cache() -> Path:
 
 
 def _build(name: str, folder: Path, report: Report) -> None:
-    builder = import_module(_BUILDERS[name])
+    module, _, function = _BUILDERS[name].partition(":")
+    build = getattr(import_module(module), function)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The draft lies one level down because a temporary folder is closed to other users.
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as staging:
         draft = Path(staging) / folder.name
         draft.mkdir()
-        builder.build(draft, report)
+        build(draft, report)
         _publish(draft, folder)
 
 

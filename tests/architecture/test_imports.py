@@ -56,7 +56,12 @@ SEAMS = {
     "sqlite3": ("deployments.queue.sqlite",),
     "obstore": ("deployments.files",),
     "httpx": ("deployments.files", "deployments.remote", "deployments.server", "deployments.cli"),
-    "pipelines.registry": ("deployments.gateway", "deployments.worker", "deployments.server"),
+    "pipelines.registry": (
+        "deployments.gateway",
+        "deployments.worker",
+        "deployments.server",
+        "deployments.app",
+    ),
     "pipelines.zoo": ("pipelines.zoo", "deployments.worker"),
     # rooms never import rooms: they meet in app
     "deployments.gateway": ("deployments.gateway", "deployments.app", "deployments.cli"),

@@ -1,24 +1,43 @@
+import gc
+import json
 import subprocess
-from collections.abc import Iterator
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fal_client
+import fal_client.client
 import httpx
 import pytest
 import yaml
 
+from tests.clients.halves import Connect, settled
 from tests.clients.inputs import ALICE, BOB, LONG
 from tests.support.server import Server, start, write_config
 from tests.support.watching import follow, submit
 
 MAX_BODY_BYTES = 1_000_000
+MAX_UPLOAD_BYTES = 100_000_000
 NODE = Path(__file__).parent / "node"
+WAYS = [
+    "proxyUrl",  # @fal-ai/client: proxyUrl, for every request
+    "prefixes",  # @fal-ai/client: a requestMiddleware that turns fal's hosts into path prefixes
+    "serverless",  # @fal-ai/serverless-client, its predecessor: a requestMiddleware to the proxy
+]
+
+Tell = Callable[..., dict[str, Any]]  # a script and what it is given → its report
 
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole suite. It runs one request at a time, so that others can be seen to wait."""
-    path = write_config(tmp_path_factory.mktemp("clients"), front={"max_body_bytes": MAX_BODY_BYTES})
+    """One server for the whole suite. It runs one request at a time, so that others can be seen to wait,
+    and may fetch from this machine."""
+    folder = tmp_path_factory.mktemp("clients")
+    front = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
+    here = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
+    model = {"fetch": here, "weights": {"cache": f"file://{folder}/weights"}}
+    path = write_config(folder, front=front, model=model)
     config = yaml.safe_load(path.read_text())
     for deployment in config["applications"][0]["deployments"]:
         deployment["user_config"]["models"]["flux"]["window"] = 1
@@ -67,3 +86,60 @@ def node_packages() -> Path:
     if not (NODE / "node_modules").exists():
         subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=NODE, check=True, timeout=120)
     return NODE
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tell(way: str, server: Server, node_packages: Path) -> Tell:
+    """Runs a script with one of the JavaScript clients."""
+
+    def run(script: str, given: Any = None) -> dict[str, Any]:
+        done = subprocess.run(
+            ["node", script, way, server.url],
+            cwd=node_packages,
+            input=json.dumps(given),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
+
+    return run
+
+
+@pytest.fixture(params=["SyncClient", "AsyncClient"])
+async def connect(
+    request: pytest.FixtureRequest, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Connect]:
+    """Makes Python clients."""
+    monkeypatch.setattr(fal_client.client, "RUN_URL_FORMAT", f"{server.url}/run/")
+    monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{server.url}/queue/")
+    monkeypatch.setattr(fal_client.client, "REST_URL", f"{server.url}/rest")
+    monkeypatch.setattr(fal_client.client, "CDN_URL", f"{server.url}/cdn")
+    monkeypatch.setattr(
+        fal_client.client, "REALTIME_URL_FORMAT", f"{server.url.replace('http', 'ws', 1)}/run/"
+    )
+    clients: list[Any] = []
+
+    def make(key: str) -> Any:
+        clients.append(getattr(fal_client, request.param)(key=key))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        connections = await settled(client._client)
+        is_async = isinstance(connections, httpx.AsyncClient)
+        await settled(connections.aclose() if is_async else connections.close())
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # see UPLOADING
+        gc.collect()
+
+
+@pytest.fixture
+def fal(connect: Connect) -> Any:
+    return connect(ALICE)

@@ -1,41 +1,19 @@
 """fal's JavaScript clients, unmodified, told by one line of configuration where the server is."""
 
-import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.clients.conftest import Tell
 from tests.clients.inputs import APP, WATCHED, steps
 from tests.support.server import Server
 
-WAYS = [
-    "proxyUrl",  # @fal-ai/client: proxyUrl, for every request
-    "prefixes",  # @fal-ai/client: a requestMiddleware that turns fal's hosts into path prefixes
-    "serverless",  # @fal-ai/serverless-client, its predecessor: a requestMiddleware to the proxy
-]
-
-
-@pytest.fixture(scope="module", params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
 
 @pytest.fixture(scope="module")
-def told(way: str, server: Server, node_packages: Path) -> dict[str, Any]:
+def told(tell: Tell) -> dict[str, Any]:
     """What one run of all operations came to."""
-    done = subprocess.run(
-        ["node", "operations.mjs", way, server.url],
-        cwd=node_packages,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+    return tell("operations.mjs")
 
 
 def output(way: str, result: dict[str, Any]) -> dict[str, Any]:

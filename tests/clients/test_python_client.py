@@ -1,67 +1,17 @@
 """fal's Python client, unmodified. Its synchronous and its asynchronous half tell the same stories."""
 
 import base64
-import inspect
-import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import fal_client
-import fal_client.client
 import httpx
 import pytest
 from PIL import Image
 
-from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, REMAKE, SIZE, SMALL, WATCHED, steps
+from tests.clients.halves import Connect, collected, settled
+from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, REMAKE, SIZE, SMALL, WATCHED, picture, steps
 from tests.support.server import Server
-
-Connect = Callable[[str], Any]
-
-
-async def settled(value: Any) -> Any:
-    """What the call of either half came to."""
-    return await value if inspect.isawaitable(value) else value
-
-
-async def collected(values: Any) -> list[Any]:
-    """What the iterator of either half yields."""
-    return [each async for each in values] if hasattr(values, "__aiter__") else list(values)
-
-
-@pytest.fixture(params=["SyncClient", "AsyncClient"])
-async def connect(
-    request: pytest.FixtureRequest, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Connect]:
-    """Makes a client with a key."""
-    monkeypatch.setattr(fal_client.client, "RUN_URL_FORMAT", f"{server.url}/run/")
-    monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{server.url}/queue/")
-    monkeypatch.setattr(fal_client.client, "REST_URL", f"{server.url}/rest")
-    monkeypatch.setattr(fal_client.client, "CDN_URL", f"{server.url}/cdn")
-    monkeypatch.setattr(
-        fal_client.client, "REALTIME_URL_FORMAT", f"{server.url.replace('http', 'ws', 1)}/run/"
-    )
-    clients: list[Any] = []
-
-    def make(key: str) -> Any:
-        clients.append(getattr(fal_client, request.param)(key=key))
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        connections = await settled(client._client)
-        is_async = isinstance(connections, httpx.AsyncClient)
-        await settled(connections.aclose() if is_async else connections.close())
-
-
-@pytest.fixture
-def fal(connect: Connect) -> Any:
-    return connect(ALICE)
-
-
-def picture(data: bytes) -> tuple[str | None, tuple[int, int]]:
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return image.format, image.size
 
 
 async def test_run_returns_a_picture_that_anyone_can_download(fal: Any, stranger: httpx.Client) -> None:

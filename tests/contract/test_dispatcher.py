@@ -1,20 +1,29 @@
 """The dispatcher over a real queue, with a model that does as it is told."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from deployments.dispatcher import Dispatcher
 from deployments.queue import Queue
+from pipelines.registry import endpoint
 from schemas.errors import InternalError, NotReady, StoreDown, WorkerLost
-from schemas.jobs import CancelOutcome, Job, JobResult, Logged, State
+from schemas.jobs import CancelOutcome, Job, JobResult, Logged, Priority, State
 from schemas.settings import Catalogue, LeaseSettings
 from tests.support.jobs import ENDPOINT, Clock, ScriptedModel, make_job
 
 LEASE = LeaseSettings()
-CATALOGUE = Catalogue.model_validate({"models": {"flux": {"endpoints": [ENDPOINT], "window": 3}}})
+STYLED = "fal-ai/flux-lora/image-to-image"
+
+
+def catalogue(*endpoints: str, **entry: int) -> Catalogue:
+    return Catalogue.model_validate({"models": {"flux": {"endpoints": endpoints, "window": 3, **entry}}})
+
+
+CATALOGUE = catalogue(ENDPOINT, STYLED)
+Make = Callable[..., Awaitable[Dispatcher]]
 
 
 @pytest.fixture
@@ -23,11 +32,23 @@ def model() -> ScriptedModel:
 
 
 @pytest.fixture
-async def dispatcher(queue: Queue, model: ScriptedModel) -> AsyncIterator[Dispatcher]:
-    dispatcher = Dispatcher(queue, LEASE, model.connect)
-    await dispatcher.configure(CATALOGUE)
-    yield dispatcher
-    await dispatcher.close()
+async def make_dispatcher(queue: Queue, model: ScriptedModel) -> AsyncIterator[Make]:
+    """Dispatchers that are closed before the queue is."""
+    made: list[Dispatcher] = []
+
+    async def make(lease: LeaseSettings = LEASE, served: Catalogue = CATALOGUE) -> Dispatcher:
+        made.append(Dispatcher(queue, lease, model.connect, lambda name: endpoint(name).input_type()))
+        await made[-1].configure(served)
+        return made[-1]
+
+    yield make
+    for dispatcher in made:
+        await dispatcher.close()
+
+
+@pytest.fixture
+async def dispatcher(make_dispatcher: Make) -> Dispatcher:
+    return await make_dispatcher()
 
 
 async def end(queue: Queue, job: Job) -> JobResult:
@@ -43,7 +64,9 @@ async def end(queue: Queue, job: Job) -> JobResult:
 async def end_past_backoffs(queue: Queue, job: Job, clock: Clock) -> JobResult:
     ending = asyncio.create_task(end(queue, job))
     while not ending.done():
-        clock.now += 60
+        record = await queue.get(job.request_id, job.tenant)
+        if record is not None and record.state == State.QUEUED:
+            clock.now += 20  # less than a lease, for it may be claimed by now
         queue.wake()
         await asyncio.wait([ending], timeout=0.05)
     return await ending
@@ -134,9 +157,10 @@ async def test_an_error_of_the_model_is_the_result_and_not_tried_again(
     assert len(model.order) == 1
 
 
-async def test_closing_gives_back_what_runs(queue: Queue, model: ScriptedModel) -> None:
-    first = Dispatcher(queue, LEASE, model.connect)
-    await first.configure(CATALOGUE)
+async def test_closing_gives_back_what_runs(
+    queue: Queue, model: ScriptedModel, make_dispatcher: Make
+) -> None:
+    first = await make_dispatcher()
     job = make_job()
     await queue.submit(job)
     await asyncio.wait_for(model.began.acquire(), 10)
@@ -145,28 +169,24 @@ async def test_closing_gives_back_what_runs(queue: Queue, model: ScriptedModel) 
     assert record is not None
     assert record.state == State.QUEUED
     model.open.set()
-    second = Dispatcher(queue, LEASE, model.connect)
-    await second.configure(CATALOGUE)
+    await make_dispatcher()
     assert (await end(queue, job)).status == 200
-    await second.close()
 
 
 async def test_a_job_taken_over_by_another_is_let_go(
-    queue: Queue, model: ScriptedModel, clock: Clock
+    queue: Queue, model: ScriptedModel, clock: Clock, make_dispatcher: Make
 ) -> None:
-    fast = replace_beats(LEASE)
-    dispatcher = Dispatcher(queue, fast, model.connect)
-    await dispatcher.configure(CATALOGUE)
+    await make_dispatcher(replace_beats(LEASE))
     job = make_job()
     await queue.submit(job)
     await asyncio.wait_for(model.began.acquire(), 10)
-    clock.now += 31  # as if this dispatcher had been stopped past its lease
-    await queue.sweep()
-    clock.now += 60
-    [taken] = await queue.claim("flux", "another", 1)
+    ahead = Clock(clock.now + 31)  # for whom the lease has lapsed
+    another = Queue(queue._database, LEASE, ahead)
+    await another.sweep()
+    ahead.now += 60
+    [taken] = await another.claim("flux", "another", 1)
     await asyncio.wait_for(model.stopped.wait(), 10)
     assert await queue.finish(taken, JobResult.success({}, 0.0))
-    await dispatcher.close()
 
 
 @pytest.mark.parametrize("verb", ["finish", "record", "release"])
@@ -215,3 +235,154 @@ async def test_a_run_whose_lease_lapsed_unseen_is_stopped_when_the_job_is_claime
 
 def replace_beats(lease: LeaseSettings) -> LeaseSettings:
     return lease.model_copy(update={"heartbeat_s": 0.05})
+
+
+# -- what waits behind a full window
+
+
+def styled(**fields: Any) -> Job:
+    """A job that names weights."""
+    named = {"prompt": "x", "image_url": "http://there/cat.png", "loras": [{"path": "ann/style"}]}
+    return make_job(endpoint_id=STYLED, input=named, **fields)
+
+
+async def submit(queue: Queue, *jobs: Job) -> list[str]:
+    for job in jobs:
+        await queue.submit(job)
+    return [job.request_id for job in jobs]
+
+
+async def begin(model: ScriptedModel, count: int) -> None:
+    for _ in range(count):
+        await asyncio.wait_for(model.began.acquire(), 10)
+
+
+async def told(model: ScriptedModel, *request_ids: str) -> None:
+    """Wait until the model was told of these, in this order, and of no others."""
+    async with asyncio.timeout(10):
+        while len(model.prefetched) < len(request_ids):
+            await asyncio.sleep(0.01)
+    assert model.prefetched == [*request_ids]
+
+
+async def test_the_model_hears_of_what_waits_once_and_in_its_order(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    await dispatcher.configure(catalogue(STYLED, prefetch=0))
+    running = [styled() for _ in range(3)]
+    await submit(queue, *running)
+    await begin(model, 3)
+    low, normal = styled(priority=Priority.LOW), styled()
+    both = await submit(queue, low, normal)
+    await dispatcher.configure(catalogue(STYLED))
+    queue.wake()
+    await told(model, *reversed(both))
+    [last] = await submit(queue, styled())
+    await told(model, *reversed(both), last)
+    model.open.set()
+    for job in (*running, low, normal):
+        assert (await end(queue, job)).status == 200
+    assert model.prefetched == [*reversed(both), last]
+
+
+async def test_the_model_hears_only_of_jobs_that_name_weights(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    await submit(queue, *(make_job() for _ in range(3)))
+    await begin(model, 3)
+    bare = {"prompt": "x", "image_url": "http://there/cat.png"}
+    await submit(queue, make_job(), make_job(endpoint_id=STYLED, input=bare))
+    await submit(queue, make_job(endpoint_id=STYLED, input={"as": "an older server took it"}))
+    await told(model, *await submit(queue, styled()))
+
+
+async def test_the_model_hears_of_the_next_few_only_and_of_others_as_the_queue_moves(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    await dispatcher.configure(catalogue(STYLED, window=1, prefetch=2))
+    model.is_deaf = True
+    jobs = [styled() for _ in range(6)]
+    ids = await submit(queue, *jobs)
+    await told(model, *ids[1:3])
+    for job in jobs[3:]:
+        await queue.cancel(job.request_id, job.tenant)
+    await queue.cancel(jobs[1].request_id, jobs[1].tenant)
+    [late] = await submit(queue, styled())
+    await told(model, *ids[1:3], late)
+    assert model.calling == 2  # the cancelled one's call was given up
+    assert [*dispatcher._told["flux"]] == [ids[2], late]
+
+
+@pytest.mark.parametrize(
+    ("served", "waiting"),
+    [
+        (catalogue(ENDPOINT), 5),  # no endpoint has a field for weights
+        (catalogue(ENDPOINT, STYLED, prefetch=0), 5),  # off
+        (catalogue(ENDPOINT, STYLED, window=6), 5),  # the window has room
+    ],
+)
+async def test_nothing_is_read_where_nothing_is_fetched_ahead(
+    queue: Queue,
+    dispatcher: Dispatcher,
+    model: ScriptedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    served: Catalogue,
+    waiting: int,
+) -> None:
+    reads: list[str] = []
+
+    async def upcoming(name: str, limit: int) -> list[Job]:
+        reads.append(name)
+        return []
+
+    monkeypatch.setattr(queue, "upcoming", upcoming)
+    await dispatcher.configure(served)
+    model.open.set()
+    jobs = [make_job(endpoint_id=served.models["flux"].endpoints[-1]) for _ in range(waiting)]
+    await submit(queue, *jobs)
+    for job in jobs:
+        assert (await end(queue, job)).status == 200
+    assert reads == []
+
+
+async def test_a_prefetch_that_never_comes_back_delays_no_job(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    model.is_deaf = True
+    jobs = [styled() for _ in range(8)]
+    ids = await submit(queue, *jobs)
+    await begin(model, 3)
+    await told(model, *ids[3:])
+    model.open.set()
+    for job in jobs:
+        assert (await end(queue, job)).status == 200
+    assert model.order == ids
+
+
+async def test_a_prefetch_that_fails_harms_no_job(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    running, waiting = [styled() for _ in range(3)], styled()
+    await submit(queue, *running)
+    await begin(model, 3)
+    model.failures = [NotReady("deploying")]
+    await told(model, *await submit(queue, waiting))
+    assert not model.failures
+    model.open.set()
+    for job in (*running, waiting):
+        assert (await end(queue, job)).status == 200
+    assert len(model.order) == 4
+
+
+async def test_another_catalogue_tells_anew_and_closing_gives_the_calls_up(
+    queue: Queue, model: ScriptedModel, make_dispatcher: Make
+) -> None:
+    dispatcher = await make_dispatcher(served=catalogue(STYLED, window=1))
+    model.is_deaf = True
+    _, waiting = await submit(queue, styled(), styled())
+    await told(model, waiting)
+    await dispatcher.configure(catalogue(ENDPOINT, STYLED, window=1))
+    queue.wake()
+    await told(model, waiting, waiting)
+    await dispatcher.close()
+    assert model.calling == 0

@@ -100,6 +100,27 @@ async def test_a_claim_takes_at_most_its_limit_and_nothing_twice(queue: Queue) -
     assert len(set(ids)) == 5
 
 
+async def test_what_comes_next_is_seen_in_the_order_of_claims_and_not_taken(
+    queue: Queue, clock: Clock
+) -> None:
+    jobs = [make_job(priority=p) for p in (Priority.LOW, Priority.NORMAL, Priority.LOW, Priority.NORMAL)]
+    late, other = make_job(start_timeout_s=5.0), make_job(model="other")
+    for job in (*jobs, late, other):
+        await queue.submit(job)
+    clock.now += 5  # too late for one
+    assert await queue.upcoming("flux", 10) == [jobs[1], jobs[3], jobs[0], jobs[2]]
+    assert await queue.upcoming("flux", 2) == [jobs[1], jobs[3]]
+    [first, second] = await claim(queue, limit=2)
+    assert [first.job, second.job] == [jobs[1], jobs[3]]
+    assert await queue.upcoming("flux", 10) == [jobs[0], jobs[2]]
+    await queue.finish(first, DONE)
+    await queue.release(second, crashed=True)
+    await queue.cancel(jobs[0].request_id, jobs[0].tenant)
+    assert await queue.upcoming("flux", 10) == [jobs[2]]
+    clock.now += 4  # the backoff after a crash
+    assert await queue.upcoming("flux", 10) == [jobs[3], jobs[2]]
+
+
 async def test_events_are_kept_in_order_and_read_from_where_one_left(queue: Queue) -> None:
     job = make_job()
     await queue.submit(job, [Logged("noted", "WARN")])

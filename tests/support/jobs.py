@@ -47,6 +47,9 @@ class ScriptedModel:
     running: int = 0
     most: int = 0  # jobs at once
     order: list[str] = field(default_factory=list)
+    prefetched: list[str] = field(default_factory=list)
+    is_deaf: bool = False  # a prefetch does not come back
+    calling: int = 0  # prefetches under way
 
     def connect(self, name: str) -> "ScriptedModel":
         return self
@@ -68,3 +71,14 @@ class ScriptedModel:
             raise
         finally:
             self.running -= 1
+
+    async def prefetch(self, job: Job) -> None:
+        self.prefetched.append(job.request_id)
+        self.calling += 1
+        try:
+            if self.failures:
+                raise self.failures.pop(0)
+            if self.is_deaf:
+                await asyncio.Event().wait()
+        finally:
+            self.calling -= 1

@@ -17,7 +17,7 @@ from pipelines.adapters.lora import LoraLayer
 
 RANK, ALPHA = 4, 3.0
 
-Shapes = Mapping[str, tuple[int, int]]
+Shapes = Mapping[str, tuple[int, ...]]
 Layers = Mapping[str, LoraLayer]
 Named = tuple[str, tuple[str, ...]]  # a layer's name in the file, and the modules whose rows it stacks
 
@@ -26,16 +26,21 @@ _TEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def draw(
-    shapes: Shapes, rank: int = RANK, dtype: torch.dtype = torch.float32, *, biased: bool = False
+    shapes: Shapes,
+    rank: int = RANK,
+    dtype: torch.dtype = torch.float32,
+    *,
+    biased: bool = False,
+    seed: int = 11,
 ) -> dict[str, LoraLayer]:
     """A random LoRA on every layer, alpha not yet applied; layers that some spelling fuses share `down`."""
-    generator = torch.Generator("cpu").manual_seed(11)
+    generator = torch.Generator("cpu").manual_seed(seed)
     downs: dict[str, Tensor] = {}
     layers: dict[str, LoraLayer] = {}
-    for target, (rows, columns) in shapes.items():
+    for target, (rows, *inner) in shapes.items():
         group = fused_into(target)
         if group not in downs:
-            downs[group] = torch.randn(rank, columns, generator=generator).to(dtype)
+            downs[group] = torch.randn(rank, *inner, generator=generator).to(dtype)
         up = torch.randn(rows, rank, generator=generator).to(dtype) / 8
         bias = torch.randn(rows, generator=generator).to(dtype) / 8 if biased else None
         layers[target] = LoraLayer(downs[group], up, bias)
@@ -49,9 +54,9 @@ def draw_norms(sizes: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def fused_into(target: str) -> str:
-    """The block for layers that the original code fuses with others, one word for each fused group."""
+    """The block for layers that FLUX's original code fuses with others, one word for each fused group."""
     block, _, last = target.rpartition(".")
-    if "text_encoder" in target:
+    if not target.startswith("transformer."):
         return target
     if last in _IMAGE_QKV or last == "proj_mlp":
         return block.removesuffix(".attn") + " image"
@@ -159,6 +164,7 @@ class Spelling:
     alpha: str = ""  # where alpha stands: "keys", "notes", or nowhere because `up` includes it
     block_diagonal: bool = False  # fused layers keep their parts' ranks apart
     convolutions: bool = False  # matrices as 1×1 kernels
+    matrices: bool = False  # and the reverse
 
 
 _PEFT = (".lora_A.weight", ".lora_B.weight")
@@ -239,13 +245,21 @@ def spell(spelling: Spelling, layers: Layers) -> dict[str, Tensor]:
             up, bias = _swapped(up), None if bias is None else _swapped(bias)
         if bias is not None:
             tensors[name + up_suffix.replace("weight", "bias")] = bias
-        if spelling.convolutions:
-            down, up = down[..., None, None], up[..., None, None]
+        down, up = _stored(spelling, down, up)
         if spelling.alpha == "keys":
             grown = len(parts) if spelling.block_diagonal else 1
             tensors[f"{name}.alpha"] = torch.tensor(ALPHA * grown)
         tensors |= {name + down_suffix: down.clone(), name + up_suffix: up.clone()}
     return tensors
+
+
+def _stored(spelling: Spelling, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's matrices, or its kernels: a convolution's `up` is a kernel like its `down`."""
+    if spelling.matrices and down.shape[2:] == (1, 1):
+        return down.flatten(1), up
+    if spelling.convolutions and down.dim() == 2:
+        down = down[..., None, None]
+    return (down, up[..., None, None]) if down.dim() == 4 else (down, up)
 
 
 def _swapped(rows: Tensor) -> Tensor:
@@ -267,9 +281,8 @@ def write(
     """The file; as many layers of the LoRA as the spelling has names for."""
     notes = {"format": "pt"}
     if spelling.alpha == "notes":
-        modules = [
-            target.removeprefix("transformer.") for target in layers if target.startswith("transformer.")
-        ]
+        prefix, _ = spelling.sources[0]  # as diffusers: the component's name
+        modules = [target.removeprefix(prefix) for target in layers if target.startswith(prefix)]
         biased = any(layer.bias is not None for layer in layers.values())
         settings = {
             "r": RANK,
@@ -278,7 +291,7 @@ def write(
             "lora_bias": biased,
             "target_modules": modules,
         }
-        named_settings = {f"transformer.{key}": value for key, value in settings.items()}
+        named_settings = {f"{prefix}{key}": value for key, value in settings.items()}
         notes["lora_adapter_metadata"] = json.dumps(named_settings)
     save_file(spell(spelling, layers) | spell_norms(spelling, norms), path, notes)
     return path

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,28 @@ def free_port() -> int:
 
 
 def write_config(
-    folder: Path, *, front: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    front: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+    models: Collection[str] = ("flux",),
 ) -> Path:
-    """The shipped serve_config.yaml with its data in `folder`, short prompts, and some args changed."""
+    """The shipped serve_config.yaml with its data in `folder`, short prompts, and some args changed.
+
+    Of the model applications only `models` remain.
+    """
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    front_app, model_app = config["applications"]
+    front_app, *model_apps = config["applications"]
     files = f"file://{folder}/files"
     front_app["args"] |= {"queue_url": f"sqlite:///{folder}/queue.sqlite3", "files_url": files}
     front_app["args"] |= front or {}
-    model_app["args"] |= {"files_url": files, "max_sequence_length": 32}
-    model_app["args"] |= model or {}
+    for deployment in front_app["deployments"]:
+        catalogue = deployment["user_config"]["models"]
+        deployment["user_config"] = {"models": {name: catalogue[name] for name in models}}
+    config["applications"] = [front_app, *(app for app in model_apps if app["name"] in models)]
+    for app in config["applications"][1:]:
+        app["args"] |= {"files_url": files, "max_sequence_length": 32}
+        app["args"] |= model or {}
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -1,8 +1,7 @@
 // What an application does with fal's clients, told as one JSON document.
 // node operations.mjs WAY URL: the way says which client it is and how it is pointed at the server.
 
-import { createFalClient } from "@fal-ai/client";
-import * as serverless from "@fal-ai/serverless-client";
+import { connect, failure } from "./connect.mjs";
 
 const [way, server] = process.argv.slice(2);
 const ENDPOINT = "fal-ai/flux/dev";
@@ -10,45 +9,7 @@ const small = { prompt: "a lighthouse", image_size: { width: 64, height: 64 }, n
 const watched = { ...small, image_size: "square", num_inference_steps: 20 };
 const long = { ...small, image_size: "square_hd", num_inference_steps: 50, num_images: 4 };
 
-const PROXY = `${server}/api/fal/proxy`;
-const PREFIXES = { "fal.run": "/run", "queue.fal.run": "/queue" };
-
-async function toProxy(request) {
-  return { ...request, url: PROXY, headers: { ...request.headers, "x-fal-target-url": request.url } };
-}
-
-async function toPrefixes(request) {
-  const { hostname, pathname, search } = new URL(request.url);
-  return { ...request, url: server + PREFIXES[hostname] + pathname + search };
-}
-
-const CONNECT = {
-  proxyUrl: (credentials) => createFalClient({ credentials, proxyUrl: { url: PROXY, when: "always" } }),
-  prefixes: (credentials) => createFalClient({ credentials, requestMiddleware: toPrefixes }),
-  serverless: (credentials) => {
-    serverless.config({ credentials, requestMiddleware: toProxy });
-    return serverless;
-  },
-};
-
-let fal = CONNECT[way]("alice:s3cret");
-
-/** What a promise was rejected with, in JSON. */
-async function failure(promise) {
-  try {
-    return { resolved: await promise };
-  } catch (error) {
-    return {
-      name: error.name,
-      message: error.message,
-      status: error.status,
-      body: error.body,
-      requestId: error.requestId,
-      timeoutType: error.timeoutType,
-      fieldErrors: error.getFieldErrors?.("num_inference_steps"),
-    };
-  }
-}
+let fal = connect(way, server, "alice:s3cret");
 
 async function subscribe(options) {
   const seen = { statuses: [], lines: [] };
@@ -113,6 +74,6 @@ report.waiting = await wait();
 report.stream = await stream();
 report.unknown = await calls("fal-ai/nope", small);
 report.invalid = await calls(ENDPOINT, { ...small, num_inference_steps: 51 });
-fal = CONNECT[way]("alice:guess");
+fal = connect(way, server, "alice:guess");
 report.wrongKey = await calls(ENDPOINT, small);
 console.log(JSON.stringify(report));

@@ -18,6 +18,8 @@ ID = "0f5c2a3b-1111-4222-8333-0123456789ab"
         ("/fal-ai/flux/dev", "", {"host": "QUEUE.my.box"}, "/queue/fal-ai/flux/dev"),
         ("/tokens/", "", {"host": "rest.alpha.fal.ai"}, "/rest/tokens/"),
         ("/files/upload", "", {"host": "v3.fal.media"}, "/files/upload"),
+        ("/cdn/files/upload/multipart", "", {}, "/files/upload/multipart"),  # the CDN's files are ours
+        ("/cdn/tokens", "", {}, "/cdn/tokens"),
         ("/fal-ai/flux/dev", "", {"host": "box"}, "/run/fal-ai/flux/dev"),
         ("/fal-ai/flux/dev", "fal_webhook=http%3A%2F%2Fx", {}, "/queue/fal-ai/flux/dev"),
         ("/fal-ai/flux/dev", "fal_max_queue_length=3", {}, "/queue/fal-ai/flux/dev"),
@@ -38,6 +40,7 @@ def test_an_address_gets_its_prefix(path: str, query: str, headers: dict[str, st
         ("https://queue.fal.run/fal-ai/flux/dev?fal_webhook=x", "/queue/fal-ai/flux/dev", "fal_webhook=x"),
         ("https://fal.run/fal-ai/flux/dev/stream", "/run/fal-ai/flux/dev/stream", ""),
         ("https://rest.fal.ai/tokens/", "/rest/tokens/", ""),
+        ("https://v3.fal.media/files/upload?x=1", "/files/upload", "x=1"),
         ("http://box:8000/queue/fal-ai/flux/dev", "/queue/fal-ai/flux/dev", ""),  # our own address
     ],
 )

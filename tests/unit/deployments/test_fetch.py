@@ -524,6 +524,23 @@ async def test_own_files_are_read_without_http(files: FileStore, connects: list[
     assert connects == []
 
 
+async def test_an_own_file_is_known_under_any_name_of_the_host(
+    files: FileStore, site: Site, connects: list[Any]
+) -> None:
+    key = await files.save(BODY, "image/png")
+    fetcher = Fetcher(files, settings(allowed_networks=()))
+    for place in ("http://localhost:8000", "https://pictures.example/darkroom", "http://169.254.169.254"):
+        assert await fetcher.image(f"{place}/files/{key}?x=1", BASE) == BODY
+        assert await fetcher.image(f"{place}/files/{key}", "") == BODY
+    assert connects == []
+
+
+async def test_another_server_of_this_kind_is_asked_for_its_own_files(files: FileStore, site: Site) -> None:
+    path = f"/files/{'0' * 32}.png"
+    site.answers[path] = ok(b"theirs")
+    assert await Fetcher(files, settings()).image(site.url(path), BASE) == b"theirs"
+
+
 @pytest.mark.parametrize(
     ("source", "base_url", "key"),
     [

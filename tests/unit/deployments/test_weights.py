@@ -295,8 +295,8 @@ async def test_a_cache_elsewhere_stops_the_start(place: Place) -> None:
 async def test_own_files_are_read_without_http(place: Place, hub: Hub, seen: list[str]) -> None:
     key = await place.files.save(safetensors(9), "image/png")  # its content counts, not its name
     weights = place.open(fresh_s=0)
-    for _ in range(2):
-        assert await read(weights, f"{BASE}/files/{key}") == safetensors(9)
+    for base in (BASE, BASE, "https://elsewhere.example", "https://elsewhere.example"):
+        assert await read(weights, f"{base}/files/{key}") == safetensors(9)
     picture = await place.files.save(b"\x89PNG", "image/png")
     await fails(weights, f"{BASE}/files/{picture}", "must be a safetensors file")
     await fails(weights, f"{BASE}/files/{'0' * 32}.png", "no such file")

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import io
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from deployments.worker import Worker
 from pipelines import zoo
 from pipelines.base import Assets
 from pipelines.registry import ENDPOINTS, endpoint
+from schemas.assets import Asset, AssetKind
 from schemas.endpoints import flux_general_rf_inversion as general
 from schemas.endpoints.flux_dev import Input, Output
 from schemas.errors import InputError, RequestFailed
 from schemas.jobs import Job, JobResult, Logged, Previewed, Update
 from schemas.settings import FetchSettings, Limits, ModelSettings, WeightSettings
 from tests.support.fields import TestT, shows
-from tests.support.hub import serving
+from tests.support.hub import Hub, serving
 from tests.support.jobs import ENDPOINT, make_job
 
 FIELDS = {"prompt": "x", "image_size": {"width": 64, "height": 48}, "num_inference_steps": 2, "seed": 5}
@@ -117,17 +118,34 @@ def shows_everywhere(field: str) -> Callable[[TestT], TestT]:
 
 
 EVERY = pytest.mark.parametrize("endpoint_id", ENDPOINTS)
+Answer = Callable[..., Awaitable[dict[str, Any]]]
 
 
-async def answer(
-    make_worker: Make, endpoint_id: str, settings: dict[str, Any] | None = None, **fields: Any
-) -> dict[str, Any]:
-    """What an endpoint answers to a request for a picture of 64 × 48."""
-    worker = make_worker(endpoints=(endpoint_id,), **(settings or {}))
-    known = FIELDS | ({"image_url": data_uri((64, 48))} if has(endpoint_id, "image_url") else {})
-    *_, last = await updates(worker, make_job(endpoint_id=endpoint_id, input=known | fields))
-    assert last.result is not None
-    return last.result.output()
+@pytest.fixture
+def answer(make_worker: Make, flux_folder: Path) -> Answer:
+    """What an endpoint answers to a request for a picture of 64 × 64."""
+    root = flux_folder.parent
+    families: dict[str, Callable[[], dict[str, str]]] = {
+        "flux": dict,
+        "sd": lambda: {
+            "model": str(zoo.locate("sdxl", root)),
+            "controlnet": str(zoo.locate("sdxl-canny", root)),
+        },
+    }
+
+    async def answer(
+        endpoint_id: str, settings: dict[str, Any] | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        model = families[endpoint(endpoint_id).family]()
+        worker = make_worker(endpoints=(endpoint_id,), **model, **(settings or {}))
+        pictures = [name for name in ("image_url", "control_image_url") if has(endpoint_id, name)]
+        known = FIELDS | dict.fromkeys(pictures, data_uri((64, 48)))
+        known["image_size"] = {"width": 64, "height": 64}
+        *_, last = await updates(worker, make_job(endpoint_id=endpoint_id, input=known | fields))
+        assert last.result is not None
+        return last.result.output()
+
+    return answer
 
 
 async def test_every_step_is_told_once_and_the_result_comes_last(make_worker: Make) -> None:
@@ -161,22 +179,22 @@ async def test_pictures_are_kept_and_their_urls_lead_to_the_callers_server(
 @shows_everywhere("sync_mode")
 @EVERY
 async def test_sync_mode_puts_the_picture_into_the_answer_and_not_into_the_store(
-    make_worker: Make, tmp_path: Path, endpoint_id: str
+    answer: Answer, tmp_path: Path, endpoint_id: str
 ) -> None:
     stored, inline = [
-        (await answer(make_worker, endpoint_id, sync_mode=mode))["images"][0]["url"] for mode in (False, True)
+        (await answer(endpoint_id, sync_mode=mode))["images"][0]["url"] for mode in (False, True)
     ]
     assert stored.startswith("file://")
     with picture(inline) as image:
-        assert image.size == (64, 48)
+        assert image.size == (64, 64)
     assert len(list((tmp_path / "files").iterdir())) == 1
 
 
 @shows_everywhere("output_format")
 @pytest.mark.parametrize("format", ["jpeg", "png"])
 @pytest.mark.parametrize("endpoint_id", [each for each in ENDPOINTS if has(each, "output_format")])
-async def test_pictures_are_in_the_format_asked_for(make_worker: Make, endpoint_id: str, format: str) -> None:
-    output = await answer(make_worker, endpoint_id, sync_mode=True, output_format=format)
+async def test_pictures_are_in_the_format_asked_for(answer: Answer, endpoint_id: str, format: str) -> None:
+    output = await answer(endpoint_id, sync_mode=True, output_format=format)
     assert output["images"][0]["content_type"] == f"image/{format}"
     with picture(output["images"][0]["url"]) as image:
         assert image.format == format.upper()
@@ -185,16 +203,16 @@ async def test_pictures_are_in_the_format_asked_for(make_worker: Make, endpoint_
 @shows_everywhere("enable_safety_checker")
 @EVERY
 async def test_unsafe_pictures_are_black_flagged_and_of_the_same_size(
-    make_worker: Make, flag_all_folder: Path, endpoint_id: str
+    answer: Answer, flag_all_folder: Path, endpoint_id: str
 ) -> None:
     strict = {"safety_checker": str(flag_all_folder)}
-    checked = await answer(make_worker, endpoint_id, strict, sync_mode=True, num_images=2)
+    checked = await answer(endpoint_id, strict, sync_mode=True, num_images=2, enable_safety_checker=True)
     assert checked["has_nsfw_concepts"] == [True, True]
     for each in checked["images"]:
         with picture(each["url"]) as image:
-            assert image.size == (64, 48)
+            assert image.size == (64, 64)
             assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
-    unchecked = await answer(make_worker, endpoint_id, strict, sync_mode=True, enable_safety_checker=False)
+    unchecked = await answer(endpoint_id, strict, sync_mode=True, enable_safety_checker=False)
     assert unchecked["has_nsfw_concepts"] == [False]
     with picture(unchecked["images"][0]["url"]) as image:
         assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
@@ -415,6 +433,160 @@ async def test_a_file_that_is_none_is_named_by_all_its_fields(fetch: Fetch) -> N
         (*net, "config_url"): "file_download_error",
         (*net, "control_image_url"): "file_download_error",
     }
+
+
+# -- weights fetched ahead
+
+
+STYLE = "/style.safetensors"
+LONG = FIELDS | {"num_inference_steps": 50, "image_size": "square_hd"}
+
+
+@pytest.fixture
+async def hub(lora_file: Path) -> AsyncIterator[Hub]:
+    async with serving() as hub:
+        hub.files[STYLE] = lora_file.read_bytes()
+        yield hub
+
+
+@pytest.fixture
+def make_eager(make_worker: Make, tmp_path: Path) -> Make:
+    """A worker that may fetch from this machine."""
+
+    def make(cache_bytes: int = 2**30, **settings: Any) -> Worker:
+        return make_worker(
+            endpoints=(ENDPOINT, REMAKE),
+            fetch=FetchSettings(allowed_networks=("127.0.0.0/8",), allowed_ports=()),
+            weights=WeightSettings(cache=f"file://{tmp_path}/weights", cache_bytes=cache_bytes),
+            **settings,
+        )
+
+    return make
+
+
+def styled(*urls: str, **fields: Any) -> Job:
+    """A job that names these LoRAs."""
+    named = {"prompt": "x", "num_inference_steps": 2, "image_url": data_uri((64, 48)), "sync_mode": True}
+    return make_job(endpoint_id=REMAKE, input=named | {"loras": [{"path": url} for url in urls]} | fields)
+
+
+async def became(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def begun(worker: Worker, job: Job) -> AsyncGenerator[Update]:
+    """A run that has told of its first step."""
+    run = worker.generate(job)
+    async for update in run:
+        if update.events:
+            break
+    return run
+
+
+async def test_the_weights_of_the_next_job_come_while_one_runs_and_only_once(
+    make_eager: Make, hub: Hub
+) -> None:
+    worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
+    running = await begun(worker, make_job(input=LONG))
+    worker.prefetch(job)
+    await became(lambda: not worker._prefetches)
+    assert hub.asked == {STYLE: 1}
+    assert len(worker._engine) == 1  # the first still runs
+    await running.aclose()
+    told = await updates(worker, job)
+    assert told[-1].result is not None and told[-1].result.status == 200
+    assert hub.asked == {STYLE: 1}
+    assert not [line for line in lines(told) if line.startswith("downloading")]
+
+
+async def test_a_job_joins_the_download_that_was_begun_for_it_and_tells_of_it(
+    make_eager: Make, hub: Hub
+) -> None:
+    worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
+    hub.pause_s = 0.3
+    worker.prefetch(job)
+    await became(lambda: hub.asked.total() == 1)
+    told = await updates(worker, job)
+    assert told[-1].result is not None and told[-1].result.status == 200
+    assert hub.asked == {STYLE: 1}
+    assert len([line for line in lines(told) if line.startswith("downloading")]) == 1
+
+
+async def test_a_job_that_is_given_up_leaves_the_download_to_its_end(make_eager: Make, hub: Hub) -> None:
+    worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
+    hub.pause_s = 0.3
+    worker.prefetch(job)
+    await became(lambda: hub.asked.total() == 1)
+    run = asyncio.create_task(updates(worker, job))
+    await asyncio.sleep(0.1)
+    run.cancel()
+    await became(lambda: not worker._prefetches)
+    told = await updates(worker, job)
+    assert told[-1].result is not None and told[-1].result.status == 200
+    assert hub.asked == {STYLE: 1}
+
+
+async def test_few_files_are_fetched_ahead_at_once_over_all_jobs(make_eager: Make, hub: Hub) -> None:
+    worker, names = make_eager(), [f"/{number}.safetensors" for number in range(5)]
+    hub.files |= {name: save({"a": torch.zeros(1)}) for name in names}
+    hub.pause_s = 0.3
+    urls = [f"{hub.url}{name}" for name in names]
+    worker.prefetch(styled(*urls[:3]))
+    worker.prefetch(styled(*urls[3:]))
+    await became(lambda: hub.asked.total() >= 2)
+    await asyncio.sleep(0.1)
+    assert [*hub.asked] == names[:2]
+    await became(lambda: not worker._prefetches)
+    assert hub.asked == dict.fromkeys(names, 1)
+
+
+async def test_what_cannot_be_fetched_ahead_ends_quietly_and_stops_no_other_file(
+    make_eager: Make, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = make_eager(limits=Limits(max_pixels=64 * 64))
+    hub.files["/page"] = b"<!doctype html>"
+    named = [f"{hub.url}/lost", f"{hub.url}/page", "../etc/passwd", f"{hub.url}{STYLE}"]
+    worker.prefetch(styled(*named))
+    worker.prefetch(styled(f"{hub.url}/of-a-refused-job", num_images=99))
+    worker.prefetch(styled(f"{hub.url}/of-a-picture-too-large", image_size={"width": 65, "height": 64}))
+    worker.prefetch(make_job(endpoint_id="fal-ai/other", input={"loras": [{"path": f"{hub.url}/of-none"}]}))
+    await asyncio.gather(*worker._prefetches)
+    assert hub.asked == {"/lost": 1, "/page": 1, STYLE: 1}
+    assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
+
+
+async def test_a_file_in_use_is_not_evicted_for_one_fetched_ahead(
+    make_eager: Make, hub: Hub, lora_file: Path
+) -> None:
+    worker = make_eager(cache_bytes=lora_file.stat().st_size + 10)
+    hub.files["/other.safetensors"] = save({"a": torch.zeros(1)}, {"filler": "x" * 100})
+    used = Asset(AssetKind.LORA, f"{hub.url}{STYLE}")
+    with await worker._weights.locate(used, "", lambda line: None) as path:
+        worker.prefetch(styled(f"{hub.url}/other.safetensors"))
+        await became(lambda: not worker._prefetches)
+        assert hub.asked["/other.safetensors"] == 1
+        assert path.exists()
+
+
+async def test_a_job_beyond_the_concurrency_waits_and_its_weights_are_fetched_meanwhile(
+    make_eager: Make, hub: Hub
+) -> None:
+    worker, job = make_eager(concurrency=1), styled(f"{hub.url}{STYLE}")
+    running = await begun(worker, make_job(input=LONG))
+    waiting = asyncio.create_task(updates(worker, job))
+    given_up = asyncio.create_task(updates(worker, make_job(input=FIELDS)))
+    await became(lambda: hub.asked == {STYLE: 1} and not worker._prefetches)
+    await asyncio.sleep(0.3)
+    assert len(worker._engine) == 1
+    assert not waiting.done() and not given_up.done()
+    given_up.cancel()
+    await running.aclose()
+    told = await waiting
+    assert told[-1].result is not None and told[-1].result.status == 200
+    assert hub.asked == {STYLE: 1}
+    assert (await result(worker)).status == 200
 
 
 def test_one_model_serves_one_family_and_only_known_endpoints(make_worker: Make) -> None:

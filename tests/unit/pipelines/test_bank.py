@@ -1,7 +1,8 @@
 """LoRA banks: adapters beside the weights, row by row."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +14,22 @@ from pipelines.adapters.bank import LoraBank, LoraUse
 from pipelines.adapters.lora import Lora, LoraLayer
 from schemas.errors import AssetError
 
-TARGETS = ("a", "b")
+# the shapes of the weights
+TARGETS = {"a": (8, 6), "c": (5, 8, 3, 3), "d": (8, 5, 1, 1), "b": (4, 8)}
 
 
 class Net(nn.Module):
-    """Two layers in a row."""
+    """A linear layer over a picture's tokens, two convolutions, and a linear layer again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.c, self.d = nn.Conv2d(8, 5, 3, stride=(1, 2), padding=(2, 1), dilation=2), nn.Conv2d(5, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.b(torch.tanh(self.a(x)))
+        picture = torch.tanh(self.a(x)).mT.reshape(*x.shape[:-2], 8, 4, 5)
+        tokens = torch.tanh(self.d(torch.tanh(self.c(picture)))).flatten(-2).mT
+        y: Tensor = self.b(tokens)
         return y
 
 
@@ -34,20 +39,21 @@ def make_net() -> Net:
 
 
 def make_bank(net: Net, rank: int = 16) -> LoraBank:
-    return LoraBank({"a": net.a, "b": net.b}, rank)
+    return LoraBank({name: getattr(net, name) for name in TARGETS}, rank)
 
 
-def make_lora(seed: int, rank: int = 3, targets: Sequence[str] = TARGETS, biased: Sequence[str] = ()) -> Lora:
+def make_lora(
+    seed: int, rank: int = 3, targets: Collection[str] = TARGETS.keys(), biased: Collection[str] = ()
+) -> Lora:
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"a": (8, 6), "b": (4, 8)}
-    layers = {
-        name: LoraLayer(
-            torch.randn(rank, sizes[name][1], generator=generator),
-            torch.randn(sizes[name][0], rank, generator=generator),
-            torch.randn(sizes[name][0], generator=generator) if name in biased else None,
+    layers = {}
+    for name in targets:
+        out, *inner = TARGETS[name]
+        layers[name] = LoraLayer(
+            torch.randn(rank, *inner, generator=generator),
+            torch.randn(out, rank, generator=generator),
+            torch.randn(out, generator=generator) if name in biased else None,
         )
-        for name in targets
-    }
     return Lora(layers)
 
 
@@ -58,7 +64,7 @@ def merged(net: Net, wishes: Sequence[tuple[Lora, LoraUse]]) -> Net:
     for lora, use in wishes:
         for name, layer in lora.layers.items():
             module, scale = getattr(copy, name), use.layers.get(name, use.scale)
-            module.weight += scale * layer.up @ layer.down
+            module.weight += scale * torch.tensordot(layer.up, layer.down, 1)
             if layer.bias is not None:
                 module.bias += scale * layer.bias
     return copy
@@ -71,7 +77,7 @@ def run(net: Net, bank: LoraBank, x: Tensor, rows: Sequence[Sequence[LoraUse]]) 
 
 
 def inputs() -> Tensor:
-    return torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(9))
+    return torch.randn(3, 20, 6, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.fixture
@@ -107,8 +113,8 @@ def test_any_scales_layers_and_biases_act_as_if_they_were_merged(rows: list[list
     bank = make_bank(net)
     loras = {
         "0": make_lora(0, biased=TARGETS),
-        "1": make_lora(1, rank=2, biased=["b"]),
-        "2": make_lora(2, rank=4, targets=["a"], biased=["a"]),
+        "1": make_lora(1, rank=2, biased=["b", "c"]),
+        "2": make_lora(2, rank=4, targets=["a", "d"], biased=["a"]),
         "3": make_lora(3, rank=1),
     }
     bank.hold(loras)
@@ -274,3 +280,37 @@ def test_places_never_overlap_whatever_is_held_and_released(moves: list[tuple[in
             bank.release([held.pop()])
         bank.check_integrity()
         assert bank.pins == len(held)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (1, 3), "padding": "same"},
+        {"kernel_size": 3, "stride": 2},
+        {"kernel_size": 3, "padding": 2, "dilation": 2, "padding_mode": "circular"},
+        {"kernel_size": 2, "stride": (2, 1), "bias": False},
+        {"kernel_size": 1},
+    ],
+    ids=str,
+)
+def test_a_convolution_gets_what_one_with_its_settings_adds(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(4, 6, **options).requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    down = torch.randn(2, *convolution.weight.shape[1:], generator=generator)
+    up, bias = torch.randn(6, 2, generator=generator), torch.randn(6, generator=generator)
+    bank = LoraBank({"it": convolution}, rank=4)
+    bank.hold({"other": Lora({"it": LoraLayer(up.new_zeros(1, *down.shape[1:]), up[:, :1])})})
+    bank.hold({"0": Lora({"it": LoraLayer(down, up, bias)})})
+    x = torch.randn(2, 4, 7, 9, generator=generator)
+
+    with torch.inference_mode():
+        plain = convolution(x)
+        with bank.rows([[LoraUse("0", 0.5)], [LoraUse("other")]]):
+            ours = convolution(x)
+        convolution.weight += 0.5 * torch.tensordot(up, down, 1)
+        expected = convolution(x)[0] + 0.5 * bias[:, None, None]
+
+    torch.testing.assert_close(ours[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[1], plain[1])

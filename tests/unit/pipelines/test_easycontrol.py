@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
@@ -235,7 +235,7 @@ def test_the_order_of_conditions_means_nothing(transformer: Any, conditions: lis
 
 
 def test_rows_with_different_conditions_or_none_are_as_alone(
-    stock: Any, transformer: Any, conditions: list[Condition]
+    transformer: Any, conditions: list[Condition]
 ) -> None:
     first, second = conditions
     rows = [draw_row(0, first), draw_row(1), draw_row(2, second, first), draw_row(3, second), draw_row(4)]
@@ -420,6 +420,7 @@ def test_a_subject_lies_beside_the_target_with_the_grid_of_its_own() -> None:
     assert torch.equal(ids, image_ids(Grid(2, 3)) + torch.tensor([0.0, 64.0, 0.0]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 130), st.integers(1, 130))
 def test_a_spatial_condition_lies_on_the_target(rows: int, columns: int, high: int, wide: int) -> None:
     ids = easycontrol.position_ids("spatial", Grid(rows, columns), Grid(high, wide))
@@ -439,6 +440,7 @@ def test_a_spatial_condition_is_stretched_to_the_square() -> None:
     assert pixels.dtype == torch.float32
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([16, 64, 80]))
 def test_a_subject_keeps_its_proportions_in_the_middle_of_grey(width: int, height: int, size: int) -> None:
     pixels = easycontrol.fit(Image.new("RGB", (width, height), "white"), "subject", size)
@@ -448,10 +450,8 @@ def test_a_subject_keeps_its_proportions_in_the_middle_of_grey(width: int, heigh
     assert int((pixels == 1).sum()) == 3 * shown[0] * shown[1]  # a rectangle
     assert int((pixels == 0).sum()) == 3 * (size**2 - shown[0] * shown[1])
     assert torch.equal(pixels, pixels.flip(1, 2))  # in the middle
-    for tokens, side in zip(shown, (width, height), strict=True):
-        exact = size * side / max(width, height)
-        assert tokens % 16 == 0
-        assert max(16, exact - 16) <= tokens + 1e-6 and tokens <= max(16, exact)
+    tokens = [max(1, side * size // (16 * max(width, height))) for side in (width, height)]
+    assert shown == [16 * each for each in tokens]
 
 
 @pytest.fixture(scope="module")

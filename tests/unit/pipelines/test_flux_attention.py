@@ -111,6 +111,19 @@ def test_where_no_row_asks_for_anything_the_bits_are_those_of_diffusers(
     assert torch.equal(run(transformer, attention, rows, references=off), theirs)
 
 
+def test_where_no_row_asks_for_anything_masks_and_fused_projections_work_as_in_diffusers(stock: Any) -> None:
+    transformer = copy.deepcopy(stock.transformer)
+    attn = transformer.transformer_blocks[0].attn
+    image, text = torch.randn(1, 4, WIDTH), torch.randn(1, TEXT, WIDTH)
+    mask = torch.rand(TEXT + 4, TEXT + 4) < 0.8
+    mask.fill_diagonal_(True)
+    transformer.fuse_qkv_projections()
+    theirs = attn(image, text, attention_mask=mask)
+    with WideAttention(transformer).rows(TEXT, [[]], [Reference(0, 0.0)]):
+        ours = attn(image, text, attention_mask=mask)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
 def test_what_a_forward_looked_at_is_gone_after_it_even_when_it_failed(
     stock: Any, transformer: Any, attention: WideAttention
 ) -> None:

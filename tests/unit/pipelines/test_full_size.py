@@ -8,10 +8,23 @@ from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from pipelines.engine.sample import Sample
+from pipelines.flux.attention import KeyValues
+from pipelines.flux.controlnet import MODES, ControlUse
+from pipelines.flux.easycontrol import Condition, EasyControl
 from pipelines.flux.model import FluxModel
-from pipelines.flux.plan import Conditioning, Denoising, FluxPlan
+from pipelines.flux.plan import (
+    Adapters,
+    Attended,
+    Conditioning,
+    Denoising,
+    FluxPlan,
+    Guides,
+    Reference,
+)
 from pipelines.flux.sampling import Grid, draw_noise, schedule
+from pipelines.timed import Timed
 from schemas.settings import ModelSettings
+from tests.support import controlnets
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +70,32 @@ def test_every_linear_layer_may_carry_a_lora(full_size: FluxModel) -> None:
         for part in ("transformer", "text_encoder", "text_encoder_2")
     }
     assert counts == {"transformer": 504, "text_encoder": 72, "text_encoder_2": 168}
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+
+def test_every_guide_goes_through_the_real_transformer_in_its_shapes(full_size: FluxModel) -> None:
+    """Union-pro's 5 + 10 blocks, a Redux picture's 729 tokens, an EasyControl of 512 pixels, a reference."""
+    grid = Grid.of(1024, 768)
+    text = Conditioning(meta(512 + 729, 4096), meta(768))
+    with torch.device("meta"):
+        union_pro = controlnets.empty(
+            num_layers=5, num_single_layers=10, guidance_embeds=True, num_mode=10
+        ).to(torch.bfloat16)
+    bank = KeyValues(tuple((meta(1024, 24, 128), meta(1024, 24, 128)) for _ in range(19 + 38)))
+    latents = full_size.to_device(meta(grid.tokens, 64))
+    guides = Guides(
+        meta(grid.tokens, 3072),
+        (Timed(ControlUse(union_pro, meta(grid.tokens, 64), 0.7, meta(grid.tokens, 1), MODES["pose"])),),
+        (Attended(Condition(meta(1024, 64), meta(1024, 3), EasyControl(()), 1.0), bank),),
+        Timed(Reference(latents, latents, 0.65)),
+    )
+    guided = FluxPlan(grid, Denoising(text, schedule(28, 1.15), 3.5, Adapters(), guides))
+    plain = FluxPlan(grid, Denoising(text, schedule(28, 1.15), 3.5))
+    samples = [Sample(name, plan, latents) for name, plan in (("guided", guided), ("plain", plain))]
+    with torch.inference_mode():
+        predictions = full_size.predict(samples)
+    assert [tuple(each.shape) for each in predictions] == [(grid.tokens, 64)] * 2
+    assert sum(each.numel() for each in union_pro.parameters()) / 1e9 == pytest.approx(3.30, abs=0.01)

@@ -151,6 +151,6 @@ def test_2000_names_for_the_full_size_model_take_milliseconds() -> None:
     names += [name.rpartition(".")[0] for name in names]
     wish = dict.fromkeys([name for name in names if name][:2000], 0.5)
 
-    start = time.perf_counter()
+    start = time.thread_time()
     assert layer_scales(wish, targets) == dict.fromkeys(targets, 0.5)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5

@@ -449,3 +449,16 @@ def test_notes_that_make_no_sense_are_refused(
 
     with pytest.raises(AssetError, match=sentence):
         load(tmp_path / "a", shapes)
+
+
+def test_what_layers_share_they_share_in_page_locked_memory_too() -> None:
+    down, weight = torch.randn(2, 4), torch.randn(3)
+    layers = {name: LoraLayer(down, torch.randn(4, 2), torch.randn(4)) for name in "qk"}
+    before = Lora(layers, LoraLayer(down, torch.randn(4, 2)), {"norm": weight})
+    after = before.pinned(pin=Tensor.clone)
+    assert after.layers["q"].down is after.layers["k"].down is not down
+    assert after.control is not None and after.control.down is after.layers["q"].down
+    for name, layer in after.layers.items():
+        assert equal(layer, before.layers[name])
+        assert layer.bias is not before.layers[name].bias
+    assert torch.equal(after.norms["norm"], weight)

@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import (
+    ControlNetModel,
+    FluxPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from numpy.typing import NDArray
+from PIL import Image
 from transformers import CLIPImageProcessor
 
 from pipelines import zoo
@@ -162,8 +169,87 @@ def test_models_live_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_unknown_name_is_told_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'fluks'; known: flux, flux-redux, depth-anything, safety-checker"):
+    with pytest.raises(ValueError, match="'fluks'; known: flux, flux-redux, .*, sdxl, sdxl-canny$"):
         zoo.locate("fluks", tmp_path)
+
+
+SD = {"sd15": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+
+
+@pytest.fixture(scope="module")
+def stock(root: Path) -> dict[str, Any]:
+    """diffusers' pipelines on the embedded Stable Diffusion models."""
+    return {name: load_sd(kind, zoo.locate(name, root)) for name, kind in SD.items()}
+
+
+def load_sd(kind: Any, folder: Path) -> Any:
+    own = {} if kind is StableDiffusionXLPipeline else {"safety_checker": None}
+    pipeline = kind.from_pretrained(folder, local_files_only=True, **own)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_sd(pipeline: Any, prompt: str = "a red fox", seed: int = 7, **more: Any) -> Pixels:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    asked = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 7.5} | more
+    output = pipeline(prompt, generator=generator, output_type="np", **asked)
+    assert np.isfinite(output.images).all()
+    picture: Pixels = (output.images[0] * 255).round().astype(np.uint8)
+    return picture
+
+
+@pytest.mark.parametrize("name", SD)
+def test_stable_diffusion_draws_the_same_pixels_after_a_second_load(
+    name: str, root: Path, stock: dict[str, Any]
+) -> None:
+    again = load_sd(SD[name], zoo.locate(name, root))
+
+    assert np.array_equal(draw_sd(stock[name]), draw_sd(again))
+
+
+@pytest.mark.parametrize("name", SD)
+def test_a_stable_diffusion_picture_is_not_flat_and_follows_what_is_asked(
+    name: str, stock: dict[str, Any]
+) -> None:
+    picture = draw_sd(stock[name])
+
+    assert picture.shape == (64, 64, 3)
+    assert (picture.std(axis=(0, 1)) > 20).all()
+    assert difference(picture[..., 0], picture[..., 2]) > 10
+    assert difference(picture, draw_sd(stock[name], "a blue boat at sea")) > 15
+    assert difference(picture, draw_sd(stock[name], seed=8)) > 25
+    assert difference(picture, draw_sd(stock[name], guidance_scale=5.0)) > 3
+
+
+def test_stable_diffusions_kinds_differ_as_the_real_ones_do(stock: dict[str, Any]) -> None:
+    first, second, large = (stock[name] for name in SD)
+
+    assert [each.unet.config.cross_attention_dim for each in (first, second, large)] == [32, 48, 64]
+    assert [each.unet.config.use_linear_projection for each in (first, second, large)] == [False, True, True]
+    assert large.unet.config.addition_embed_type == "text_time"
+    predictions = [each.scheduler.config.prediction_type for each in (first, second, large)]
+    assert predictions == ["epsilon", "v_prediction", "epsilon"]
+    pads = [first.tokenizer, second.tokenizer, large.tokenizer, large.tokenizer_2]
+    assert [each.pad_token_id for each in pads] == [513, 0, 513, 0]
+    assert {each.vae_scale_factor for each in (first, second, large)} == {8}
+    assert {each.vae.config.latent_channels for each in (first, second, large)} == {4}
+
+
+def test_the_controlnet_follows_its_picture(root: Path, stock: dict[str, Any]) -> None:
+    net = ControlNetModel.from_pretrained(zoo.locate("sdxl-canny", root), local_files_only=True)
+    guided = StableDiffusionXLControlNetPipeline(
+        **stock["sdxl"].components, controlnet=net, add_watermarker=False
+    )
+    guided.set_progress_bar_config(disable=True)
+    edges = np.zeros((2, 64, 64, 3), np.uint8)
+    edges[0, 16:48, [16, 47]] = edges[0, [16, 47], 16:48] = 255  # a box
+    edges[1, 32] = edges[1, :, 32] = 255  # a cross
+    box, cross = (Image.fromarray(each) for each in edges)
+    free = draw_sd(stock["sdxl"])
+
+    assert np.array_equal(draw_sd(guided, image=box, controlnet_conditioning_scale=0.0), free)
+    assert difference(draw_sd(guided, image=box), free) > 15
+    assert difference(draw_sd(guided, image=box), draw_sd(guided, image=cross)) > 15
 
 
 def test_the_table_is_read_without_torch() -> None:

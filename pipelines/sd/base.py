@@ -1,0 +1,128 @@
+"""One Stable Diffusion base model, resident, and the adapters beside it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image as Picture
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pipelines.adapters.bank import LoraBank, LoraUse
+from pipelines.adapters.lora import Lora
+from pipelines.adapters.lora import load as load_lora
+from pipelines.engine.sample import Sample
+from pipelines.images import fill, to_tensor
+from pipelines.sd import controlnet_file
+from pipelines.sd.controlnet_file import ControlNetConfig
+from pipelines.sd.grid import Grid
+from pipelines.sd.lora_keys import targets, translator
+from pipelines.sd.parts import Parts
+from pipelines.sd.plan import Prompting, SdPlan
+from pipelines.sd.text import encode
+from pipelines.sd.unet import AdaptedUnet
+
+PREVIEW_CELLS = 32  # the longer side of a preview, in cells of 8 pixels
+
+
+class Base:
+    """The components of a checkpoint, called by our own loop."""
+
+    def __init__(self, parts: Parts, lora_rank: int) -> None:
+        self.kind = parts.kind
+        self.scheduler_config = parts.scheduler_config
+        self._parts = parts
+        self._device: torch.device = parts.unet.device
+        self._dtype: torch.dtype = parts.unet.dtype
+        self.targets = targets(parts.unet, parts.text_encoders)
+        self._translate = translator(self.targets)
+        unet, texts = self._layers("unet"), self._layers("text_encoder") | self._layers("text_encoder_2")
+        self._bank, self._text_bank = LoraBank(unet, lora_rank), LoraBank(texts, lora_rank)
+        self._unet = AdaptedUnet(parts.unet, self._bank)
+
+    @property
+    def nbytes(self) -> int:
+        return self._parts.nbytes
+
+    @torch.inference_mode()
+    def prompting(
+        self, prompt: str, negative: str, guidance: float, loras: Sequence[LoraUse] = ()
+    ) -> Prompting:
+        """Both texts, with held adapters applied."""
+        with self._text_bank.rows([loras]):
+            prompted, other = encode(self._parts, (prompt, negative), weighted=False)
+        return Prompting(prompted, other, guidance)
+
+    @torch.inference_mode()
+    def encode_image(self, picture: Picture, grid: Grid) -> Tensor:
+        """A picture, fitted to the grid → latents [4, rows, columns], float32: the posterior's mode."""
+        vae = self._parts.vae
+        pixels = to_tensor(fill(picture, grid.width, grid.height))[None].to(self._device, vae.dtype)
+        latents: Tensor = vae.encode(pixels).latent_dist.mode()[0].float() * vae.config.scaling_factor
+        return latents
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [4, rows, columns] → pixels [3, height, width] in about [-1, 1], float32."""
+        vae = self._parts.vae
+        scaled = (latents / vae.config.scaling_factor)[None].to(vae.dtype)
+        pixels: Tensor = vae.decode(scaled, return_dict=False)[0]
+        return pixels[0].float()
+
+    def decode_small(self, latents: Tensor) -> Tensor:
+        """As `decode`, shrunk to at most 256 pixels a side before the VAE sees it."""
+        rows, columns = latents.shape[1:]
+        shrink = min(1.0, PREVIEW_CELLS / max(rows, columns))
+        size = [max(1, round(side * shrink)) for side in (rows, columns)]
+        return self.decode(interpolate(latents[None], size=size, mode="area")[0])
+
+    def read_lora(self, path: Path) -> Lora:
+        """A LoRA file. Raises AssetError that names the keys."""
+        return load_lora(path, self._translate, self.targets)
+
+    def load_controlnet(self, path: Path, config: ControlNetConfig | None = None) -> Any:
+        """A ControlNetModel on the model's device. Raises AssetError that names the keys."""
+        return controlnet_file.load(path, self._parts.unet, config)
+
+    @contextmanager
+    def holding(self, loras: Mapping[str, Lora]) -> Iterator[None]:
+        """Adapters beside the UNet and the text encoders, for as long as the block lasts."""
+        with ExitStack() as stack:
+            for bank in (self._bank, self._text_bank):
+                bank.hold(loras)
+                stack.callback(bank.release, tuple(loras))
+            yield
+
+    def as_weights(self, tensor: Tensor) -> Tensor:
+        """On the model's device in its dtype."""
+        return tensor.to(self._device, self._dtype)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """As samples hold their latents: float32 on the model's device."""
+        return tensor.to(self._device, torch.float32)
+
+    def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
+        """As Model.predict, for samples that all run on this base."""
+        plans = [plan_of(sample) for sample in samples]
+        asked = [plan.rows(sample.step, sample.latents) for plan, sample in zip(plans, samples, strict=True)]
+        answers = iter(self._unet.predict([row for rows in asked for row in rows]))
+        return [
+            plan.prompting.guided([next(answers) for _ in rows])
+            for plan, rows in zip(plans, asked, strict=True)
+        ]
+
+    def _layers(self, component: str) -> dict[str, Any]:
+        """The layers of a component that may carry a LoRA, by their names in a Lora."""
+        encoders = dict(zip(("text_encoder", "text_encoder_2"), self._parts.text_encoders, strict=False))
+        components = {"unet": self._parts.unet, **encoders}
+        prefix = f"{component}."
+        paths = [name.removeprefix(prefix) for name in self.targets if name.startswith(prefix)]
+        return {prefix + path: components[component].get_submodule(path) for path in paths}
+
+
+def plan_of(sample: Sample) -> SdPlan:
+    """The sample's plan, which is Stable Diffusion's."""
+    assert isinstance(sample.plan, SdPlan), f"{sample.name} is not a Stable Diffusion sample"
+    return sample.plan
