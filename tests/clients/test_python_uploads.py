@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from tests.clients.halves import UPLOADING, Connect, settled
-from tests.clients.inputs import REMAKE, REMAKE_EXAMPLE, drawing, encoded, picture
+from tests.clients.inputs import REMAKE, REMAKE_EXAMPLE, drawing, picture
 from tests.support.server import Server
 
 pytestmark = UPLOADING
@@ -148,16 +148,3 @@ async def test_a_file_is_no_picture_by_its_name(fal: Any) -> None:
     [detail] = caught.value.message
     assert detail["loc"] == ["body", "image_url"]
     assert detail["type"] in ("image_load_error", "unsupported_image_format")
-
-
-async def test_an_upload_and_a_data_uri_of_the_same_bytes_are_the_same_picture(
-    fal: Any, stranger: httpx.Client
-) -> None:
-    data = encoded(drawing())
-    sources = [fal_client.encode(data, "image/png"), await settled(fal.upload(data, "image/png"))]
-    pictures = []
-    for source in sources:
-        fields = REMAKE_EXAMPLE | {"image_url": source, "output_format": "png", "seed": 7}
-        output = await settled(fal.run(REMAKE, fields))
-        pictures.append(stranger.get(output["images"][0]["url"]).content)
-    assert pictures[0] == pictures[1]

@@ -187,6 +187,24 @@ def test_nets_that_pool_are_told_apart() -> None:
     assert [kind for kind in KINDS if pools(net_of(kind))] == ["shuffle"]
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sdxl without attention"])
+def test_a_net_that_pools_adds_its_means_everywhere(kind: str) -> None:
+    inputs = inputs_for(kind, rows=1)
+    pooling = ControlUse(sd_controlnets.build(kind, global_pool_conditions=True), image(), 0.7)
+    for mine, whole in zip(added([[pooling]], inputs), added([[use(kind, 0.7)]], inputs), strict=True):
+        torch.testing.assert_close(mine, whole.mean((2, 3), keepdim=True).expand_as(whole), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_controls_of_a_row_add_up(kind: str) -> None:
+    inputs = inputs_for(kind, rows=2)
+    one, other = use(kind), use(kind, 0.4, seed=5)
+    both, *each = (added(uses, inputs) for uses in ([[one, other], []], [[one], []], [[other], []]))
+    for mine, first, second in zip(both, *each, strict=True):
+        torch.testing.assert_close(mine, first + second, **CLOSE)
+        assert not mine[1].any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scale_zero_is_off(kind: str) -> None:
     inputs = inputs_for(kind, rows=2)
@@ -346,7 +364,7 @@ def test_of_a_wider_sample_a_net_reads_the_latents(channels: int) -> None:
 def test_image_embeddings_beside_the_pooled_text_are_the_unets_alone() -> None:
     inputs = inputs_for("sdxl", rows=2)
     more = inputs | {"added_cond_kwargs": inputs["added_cond_kwargs"] | {"image_embeds": [torch.ones(1)]}}
-    uses = [[use("sdxl")], []]
+    uses = [[use("sdxl")], [use("sdxl")]]
     for mine, expected in zip(added(uses, more), added(uses, inputs), strict=True):
         assert torch.equal(mine, expected)
 

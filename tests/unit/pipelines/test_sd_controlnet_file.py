@@ -533,6 +533,7 @@ BAD_CONFIGS: dict[str, tuple[bytes, str]] = {
     ),
     "too few other heads": (field("num_attention_heads", [8]), "num_attention_heads has 1 values"),
     "heads that do not divide": (field("attention_head_dim", 7), "320 .* into 7 heads and 32 groups"),
+    "other heads that do not divide": (field("num_attention_heads", 7), "320 .* into 7 heads"),
     "groups that do not divide": (field("norm_num_groups", 7), "320 .* into 8 heads and 7 groups"),
     "a motion block": (field("down_block_types", ["DownBlockMotion"] * 4), "down_block_types: .*DownBlock2D"),
     "a mid block of another kind": (field("mid_block_type", None), "mid_block_type"),
@@ -590,6 +591,14 @@ def test_a_config_that_contradicts_the_file_is_refused(name: str, value: Any, pa
     assert refusal.value.kind == "invalid_config"
 
 
+def test_the_middle_has_as_many_layers_as_the_last_block_would(path: Path) -> None:
+    net = sd_controlnets.build("sd1")
+    write(path, net.state_dict())
+    config = config_of(net).model_copy(update={"transformer_layers_per_block": (1, 2)})
+    with pytest.raises(AssetError, match="transformer_layers_per_block is .1, 2., .* say .1, 1"):
+        load(path, unet_of("sd1"), config)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -644,12 +653,14 @@ def test_what_tensors_do_not_tell_comes_from_the_config(name: str, path: Path) -
 
 
 NETS_ONLY = {"num_attention_heads", "controlnet_conditioning_channel_order", "global_pool_conditions"}
+OF_THE_UNET = {name: value for name, value in UNTOLD.items() if name not in NETS_ONLY}
 
 
-@pytest.mark.parametrize("name", UNTOLD.keys() - NETS_ONLY)
+@pytest.mark.parametrize("name", [*OF_THE_UNET, "upcast_attention"])
 def test_or_from_the_unet(name: str, path: Path) -> None:
-    changes = {name: UNTOLD[name]}
+    changes = {name: OF_THE_UNET.get(name, True)}
     net = sd_controlnets.build("sd1", **changes)
     loaded = load(write(path, net.state_dict()), sd_controlnets.base("sd1", **changes))
+    assert getattr(config_of(loaded), name) == changes[name]
     for mine, other in zip(answer(loaded, "sd1"), answer(net, "sd1"), strict=True):
         assert torch.equal(mine, other)
