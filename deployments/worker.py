@@ -240,10 +240,12 @@ class Worker:
                 return error
 
         refs = list(assets(request))
-        async with asyncio.TaskGroup() as group:  # what fails otherwise, such as a full disk, ends the rest
-            found = {
-                asset: group.create_task(fetch(asset)) for asset in dict.fromkeys(ref.asset for ref in refs)
-            }
+        wanted = dict.fromkeys(ref.asset for ref in refs)
+        try:
+            async with asyncio.TaskGroup() as group:
+                found = {asset: group.create_task(fetch(asset)) for asset in wanted}
+        except ExceptionGroup as failed:  # such as a full disk; the first has ended the others
+            raise failed.exceptions[0] from None
         return _by_field((ref.loc, found[ref.asset].result()) for ref in refs)
 
     async def _hold(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> ExitStack:

@@ -80,15 +80,16 @@ class Pipeline(SdPipeline[Input]):
             request.tile_stride_height,
         )
         _check_trace(request, grid, views)
-        guides = GuideReader(self.model, kit, request, assets, grid)
-        texts = self._texts(request, assets, kit)
-        beside = guides.beside()
         picture = assets.images.get(("body", "image_url"))
+        seeds = [seed + number for number in range(request.num_images)]
+        schedules = [_schedule(request, base, each, from_picture=picture is not None) for each in seeds]
+        guides = GuideReader(self.model, kit, request, assets, grid)
+        beside = guides.beside()
+        texts = self._texts(request, assets, kit)
         start = base.encode_image(picture, grid) if picture else None
 
         def sample(number: int) -> Sample:
-            schedule = _schedule(request, base, seed + number, from_picture=start is not None)
-            sides = guides.sides(*texts, seed + number)
+            schedule, sides = schedules[number], guides.sides(*texts, seeds[number])
             plan = SdPlan(
                 base,
                 grid,
@@ -99,7 +100,7 @@ class Pipeline(SdPipeline[Input]):
                 tiles=views,
                 trace=Trace(steps=request.debug_latents, tiles=request.debug_per_pass_latents),
             )
-            noise = base.to_device(draw_noise(grid, seed + number))
+            noise = base.to_device(draw_noise(grid, seeds[number]))
             return Sample(f"image {number}", plan, _started(schedule, start, noise))
 
         return tuple(sample(number) for number in range(request.num_images))

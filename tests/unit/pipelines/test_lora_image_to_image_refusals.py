@@ -301,6 +301,22 @@ def test_more_than_there_is_memory_for_is_not_kept(
     studio.prepare(**fields).resources.close()
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"controlnets": [NET], "ip_adapter": [IP], **ENCODED}, "controlnets"),
+        ({"ip_adapter": [IP], **ENCODED}, "ip_adapter"),
+        (LIGHT, "ic_light_model_url"),
+    ],
+)
+def test_more_than_there_is_room_for_is_refused_by_its_field(
+    studio: Studio, fields: Fields, field: str
+) -> None:
+    tight = Studio(studio.root, adapter_bytes=1000)
+    tight.files = studio.files
+    assert refusal(tight, **fields) == [f"{field} file_too_large"]
+
+
 def refusal(studio: Studio, **fields: Any) -> list[str]:
     """What `prepare` says. Nothing stays held."""
     before = studio.model._bases.pins
