@@ -50,7 +50,8 @@ class SdModel(Model):
         self._bases: Residents[Base] = Residents(settings.bases.memory_bytes)
         self._loras: Cache[Lora] = Cache(settings.lora_ram_bytes)
         self._faces = cache(partial(FaceAnalyser.load, device=settings.device))
-        self.base = self.hold_base(Path(settings.model), ExitStack())  # held for good
+        self._for_good = ExitStack()
+        self.base = self.hold_base(Path(settings.model), self._for_good)
 
     @classmethod
     def load(cls, settings: ModelSettings, locate: Callable[[str], Path | str]) -> Self:

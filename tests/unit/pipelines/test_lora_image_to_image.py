@@ -356,7 +356,6 @@ def test_what_a_request_held_is_given_back(studio: Studio) -> None:
         resident.check_integrity()
 
 
-@pytest.mark.xfail(strict=True, reason="SdModel lets its hold on the settings' model be collected")
 def test_requests_for_the_settings_model_run_on_it_whatever_came_between(tmp_path: Path) -> None:
     studio = Studio(tmp_path)
     sizes = [loading.inspect(each, torch.float32).nbytes for each in studio.folders.values()]
