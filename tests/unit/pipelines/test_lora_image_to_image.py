@@ -15,6 +15,7 @@ from pipelines.sd import loading
 from pipelines.sd.base import plan_of
 from pipelines.sd.grid import Grid
 from pipelines.sd.parts import Kind
+from schemas.errors import InputError
 from schemas.settings import BaseSettings, Limits
 from tests.support import sd_files
 from tests.support.assets import given
@@ -354,6 +355,18 @@ def test_what_a_request_held_is_given_back(studio: Studio) -> None:
         assert base._bank.pins == base._text_bank.pins == 0
     for resident in (model._bases, model.adapters):
         resident.check_integrity()
+
+
+def test_a_base_that_does_not_fit_beside_the_settings_own_is_refused(tmp_path: Path) -> None:
+    sizes = {
+        name: loading.inspect(path, torch.float32).nbytes for name, path in Studio(tmp_path).folders.items()
+    }
+    studio = Studio(tmp_path, bases=BaseSettings(memory_bytes=sizes["sd2"] + 1000))
+    with pytest.raises(InputError) as refusal:
+        studio.run(model_name="sd2")
+    [fault] = refusal.value.fields
+    assert (fault.loc, fault.type) == (("body", "model_name"), "file_too_large")
+    studio.run(model_name="sd15")
 
 
 def test_requests_for_the_settings_model_run_on_it_whatever_came_between(tmp_path: Path) -> None:

@@ -306,3 +306,19 @@ def test_what_is_lit_may_have_all_else_beside_it(studio: Studio) -> None:
     lit = studio.run(files, ic_light_model_url="dark-8", ic_light_image_url="other", **more)
     same(lit, studio.run(files, **more))
     differ(lit, studio.run(image_url=START))
+
+
+def test_light_upon_light_leaves_nothing_on_the_text_encoders(studio: Studio) -> None:
+    def hooks() -> int:
+        return sum(len(each._forward_hooks) for each in encoder.modules())
+
+    words = {"ic_light_model_url": "light-8", "ic_light_image_url": "other", "image_url": START}
+    generation = studio.prepare({"a": studio.lora()}, loras=[{"path": "a"}], **words)
+    with generation.resources:
+        base = plan_of(generation.samples[0]).base
+        assert base is not studio.model.base
+        encoder = base._parts.text_encoders[0]
+        before = hooks()
+        offsets = studio.model.base.read_ic_light(studio.files["light-8"])
+        with studio.model.base.lit_anew("another", offsets).holding({}):
+            assert hooks() == before

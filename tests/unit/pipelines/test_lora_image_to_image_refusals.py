@@ -294,7 +294,7 @@ def test_more_than_there_is_memory_for_is_not_kept(
     studio: Studio, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields: Fields = {field: True, "num_inference_steps": 10, "num_images": 2, "image_url": "square"}
-    nbytes = 4 * 4 * 12 * 12 * 10 * 2
+    nbytes = 3 * 96 * 96 * 10 * 2
     monkeypatch.setattr(lora_image_to_image, "MAX_TRACE_BYTES", nbytes - 1)
     assert refusal(studio, **fields) == [f"{field} too_long"]
     monkeypatch.setattr(lora_image_to_image, "MAX_TRACE_BYTES", nbytes)
