@@ -67,7 +67,7 @@ class WebhookSettings(ReachSettings):
 
     keys: str = Field(
         "file://~/.local/share/darkroom/webhook-keys",
-        description="a folder for the private keys that sign, one for all processes; the first is drawn there",
+        description="a folder for the private keys that sign; the first is drawn when it is needed",
     )
     key_overlap_s: float = Field(
         86_400, ge=0, description="how long a key is published before its first and after its last signature"
@@ -84,9 +84,7 @@ class WebhookSettings(ReachSettings):
     @model_validator(mode="after")
     def _tries_within_the_lease(self) -> "WebhookSettings":
         if self.timeout_s * 2 > self.lease_s:
-            raise ValueError(
-                f"timeout_s ({self.timeout_s}) must be at most half of lease_s ({self.lease_s})"
-            )
+            raise ValueError(f"timeout_s ({self.timeout_s}) must be at most half of lease_s ({self.lease_s})")
         return self
 
 

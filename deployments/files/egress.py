@@ -68,7 +68,12 @@ class Egress:
 
     @asynccontextmanager
     async def ask(
-        self, place: Place, method: str, headers: Mapping[str, str], silence_s: float, content: bytes | None = None
+        self,
+        place: Place,
+        method: str,
+        headers: Mapping[str, str],
+        silence_s: float,
+        content: bytes | None = None,
     ) -> AsyncIterator[httpx.Response]:
         """One request on a connection of its own, so that no host speaks in the name of another.
 

@@ -23,6 +23,7 @@ PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
 OWN_PATHS = ("/", "/health", "/ready")
 FILES = "/files/"
+JWKS = "/rest/.well-known/jwks.json"
 SERVICES = ("run", "queue", "rest", "cdn")
 
 _HOSTS = {
