@@ -1,7 +1,7 @@
 """Runs all benchmarks."""
 
-from benchmarks import adapters, engine, measure, overhead, queue_throughput
+from benchmarks import adapters, engine, measure, overhead, queue_throughput, webhooks
 
 measure.header()
-for benchmark in (overhead, queue_throughput, engine, adapters):
+for benchmark in (overhead, queue_throughput, webhooks, engine, adapters):
     benchmark.main()

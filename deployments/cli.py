@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from deployments import server
 from deployments.gateway import keys
@@ -137,7 +137,8 @@ def list_webhooks(
 ) -> None:
     """List the webhooks of the requests that ended last, the newest first."""
     found = _with_outbox(config, lambda outbox: outbox.newest(limit, state))
-    table = Table("request", "to", "state", "tries", "last answer", "ended", "next try")
+    whole = Column("request", no_wrap=True, min_width=36)  # to be copied
+    table = Table(whole, "to", "state", "tries", "last answer", "ended", "next try")
     for each in found:
         last = each.last_error or each.last_status
         times = (each.ended_at, each.next_attempt_at)

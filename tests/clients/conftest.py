@@ -14,6 +14,7 @@ import yaml
 
 from tests.clients.halves import Connect, settled
 from tests.clients.inputs import ALICE, BOB, LONG
+from tests.support.receivers import Receiver, receiving
 from tests.support.server import Server, start, write_config
 from tests.support.watching import follow, submit
 
@@ -34,8 +35,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for the whole suite. It runs one request at a time, so that others can be seen to wait,
     and may fetch from this machine."""
     folder = tmp_path_factory.mktemp("clients")
-    front = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
     here = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
+    front: dict[str, Any] = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
+    front["webhooks"] = here | {"retries_s": [0.1, 0.1], "timeout_s": 5}
     model = {"fetch": here, "weights": {"cache": f"file://{folder}/weights"}}
     path = write_config(folder, front=front, model=model)
     config = yaml.safe_load(path.read_text())
@@ -78,6 +80,13 @@ def busy(alice: httpx.Client) -> Iterator[dict[str, Any]]:
     yield receipt
     alice.put(receipt["cancel_url"])
     assert [*follow(alice, receipt)][-1]["status"] == "COMPLETED"
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """An application that waits for webhooks."""
+    with receiving() as receiver:
+        yield receiver
 
 
 @pytest.fixture(scope="session")

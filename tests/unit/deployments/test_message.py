@@ -112,7 +112,7 @@ def test_a_replay_is_too_old(keyring: Keyring) -> None:
     keys = keyring.jwks()["keys"]
     assert is_genuine(sent, keys, NOW + TOLERANCE_S - 1)
     assert not is_genuine(sent, keys, NOW + TOLERANCE_S + 1)
-    newer = sent.headers | {"x-fal-webhook-timestamp": str(int(NOW) + TOLERANCE_S)}
+    newer = {**sent.headers, "x-fal-webhook-timestamp": str(int(NOW) + TOLERANCE_S)}
     assert not is_genuine(replace(sent, headers=newer), keys, NOW + TOLERANCE_S + 1)
 
 
