@@ -9,7 +9,9 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -20,7 +22,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.dispatcher import Dispatcher, ModelHandle
-from deployments.files.egress import Egress
+from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
@@ -198,9 +200,10 @@ def _join_logs() -> None:
 
 def _open_sender(settings: FrontSettings) -> Sender:
     webhooks = settings.webhooks
+    threads = ThreadPoolExecutor(webhooks.concurrency, thread_name_prefix="webhook-names")
     return Sender(
         open_outbox(settings.queue_url, webhooks.lease_s),
-        Egress(webhooks),
+        Egress(webhooks, partial(resolve, threads=threads)),
         open_keyring(webhooks.keys, webhooks.key_overlap_s),
         webhooks,
     )

@@ -9,8 +9,10 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 
 import httpx
@@ -25,9 +27,14 @@ USER_AGENT = "darkroom"
 Resolver = Callable[[str, int], Awaitable[list[IPAddress]]]
 
 
-async def resolve(host: str, port: int) -> list[IPAddress]:
-    """The system's answer for a host, in its order of preference. Raises OSError or UnicodeError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+async def resolve(host: str, port: int, threads: Executor | None = None) -> list[IPAddress]:
+    """The system's answer for a host, in its order of preference. Raises OSError or UnicodeError.
+
+    A name server that is silent keeps one of `threads` for long after the caller has given up; without
+    any of one's own it is one of the few that the whole process shares.
+    """
+    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(threads, ask)
     return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
 
 

@@ -15,8 +15,8 @@ from sqlalchemy import (
     and_,
     bindparam,
     insert,
-    or_,
     select,
+    union,
     update,
 )
 
@@ -30,7 +30,10 @@ _ripe = and_(deliveries.c.state == DeliveryState.DUE, deliveries.c.next_attempt_
 _lapsed = and_(deliveries.c.state == DeliveryState.SENDING, deliveries.c.lease_until <= _now)
 _of_request = deliveries.c.request_id == bindparam("request_id")
 
-DUE_HOSTS = select(deliveries.c.host).where(or_(_ripe, _lapsed)).distinct()
+# Two walks along one index, which `or` would make look at every row.
+DUE_HOSTS = union(
+    select(deliveries.c.host).where(_ripe).distinct(), select(deliveries.c.host).where(_lapsed).distinct()
+)
 
 REVIVE = (
     update(deliveries)

@@ -29,7 +29,7 @@ from schemas.settings import WebhookSettings
 logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0  # the longest time between two looks
-GATHER_S = 0.005  # the shortest: every commit of the server rings
+GATHER_S = 0.01  # the shortest: every commit of the server rings
 ANSWER_BYTES = 2**16  # of an answer that are heard before the connection is closed; none is kept
 GONE = 410  # the receiver wants no more
 
