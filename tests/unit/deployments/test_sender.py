@@ -187,6 +187,22 @@ async def test_it_ends_at_the_first_success(
     assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
 
 
+async def test_everything_arrives_at_a_receiver_that_was_down_for_an_hour(
+    queue: Queue, outbox: Outbox, make_sender: Make, receiver: Receiver, clock: Clock
+) -> None:
+    sender = make_sender(chance=0.25, per_host=4)
+    receiver.statuses["/x"] = [503]
+    jobs = [await owe(queue, f"{receiver.url}/x") for _ in range(4)]
+    began = clock.now
+    while clock.now < began + 7200:
+        if clock.now >= began + 3600:
+            receiver.statuses["/x"] = [200]
+        await send(sender)
+        clock.now += 120
+    assert await outbox.newest(99, DeliveryState.DUE) == []
+    assert len(await outbox.newest(99, DeliveryState.DELIVERED)) == len(jobs)
+
+
 async def test_a_receiver_that_is_gone_hears_no_more(
     queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, clock: Clock
 ) -> None:
