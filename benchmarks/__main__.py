@@ -1,7 +1,16 @@
 """Runs all benchmarks."""
 
-from benchmarks import adapters, bases, engine, measure, overhead, queue_throughput, stable_diffusion
+from benchmarks import (
+    adapters,
+    bases,
+    engine,
+    measure,
+    overhead,
+    queue_throughput,
+    stable_diffusion,
+    webhooks,
+)
 
 measure.header()
-for benchmark in (overhead, queue_throughput, engine, adapters, bases, stable_diffusion):
+for benchmark in (overhead, queue_throughput, webhooks, engine, adapters, bases, stable_diffusion):
     benchmark.main()

@@ -9,7 +9,9 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,11 +23,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.dispatcher import Dispatcher, ModelHandle
+from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
-from deployments.queue import open_queue
+from deployments.queue import open_outbox, open_queue
 from deployments.router import STATS_S
+from deployments.webhooks.keyring import open_keyring
+from deployments.webhooks.sender import Sender
 from pipelines import registry
 from schemas.assets import takes_weights, weights
 from schemas.errors import NotReady, WorkerLost
@@ -44,7 +49,7 @@ SPARE_CALLS = 4  # that a replica takes beside its `concurrency`: a prefetch wai
 
 
 def front(settings: FrontSettings) -> Application:
-    """The gateway, which owns the HTTP port, and the dispatcher.
+    """The gateway, which owns the HTTP port, and the dispatcher, in whose process the webhooks' sender is.
 
     Both get the catalogue of models as `user_config`, so that a new model restarts neither.
     """
@@ -121,7 +126,9 @@ class _GatewayReplica:
             )
 
     async def __serve_build_asgi_app__(self) -> Any:
-        return http.build(self._opened(), self._keys, self._ready)
+        webhooks = self._settings.webhooks
+        keyring = open_keyring(webhooks.keys, webhooks.key_overlap_s)
+        return http.build(self._opened(), self._keys, self._ready, keyring.jwks)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._catalogue = Catalogue.model_validate(user_config)
@@ -154,18 +161,25 @@ class _DispatcherReplica:
         _join_logs()
         self._settings = settings
         self._dispatcher: Dispatcher | None = None
+        self._sender: Sender | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         if self._dispatcher is None:
             queue = open_queue(self._settings.queue_url, self._settings.lease)
             self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect, _input_type)
+            self._sender = _open_sender(self._settings)
+            self._sender.start()
         await self._dispatcher.configure(Catalogue.model_validate(user_config))
 
     async def check_health(self) -> None:
         if self._dispatcher is not None and not self._dispatcher.is_alive:
             raise RuntimeError("The dispatcher's loops have ended.")
+        if self._sender is not None and not self._sender.is_alive:
+            raise RuntimeError("The sender of webhooks has ended.")
 
     async def __del__(self) -> None:
+        if self._sender is not None:
+            await self._sender.close()
         if self._dispatcher is not None:
             await self._dispatcher.close()
 
@@ -217,6 +231,17 @@ def _join_logs() -> None:
     for room in ("deployments", "pipelines"):
         logging.getLogger(room).parent = logger
         logging.getLogger(room).setLevel(logging.INFO)
+
+
+def _open_sender(settings: FrontSettings) -> Sender:
+    webhooks = settings.webhooks
+    threads = ThreadPoolExecutor(webhooks.concurrency, thread_name_prefix="webhook-names")
+    return Sender(
+        open_outbox(settings.queue_url, webhooks.lease_s),
+        Egress(webhooks, partial(resolve, threads=threads)),
+        open_keyring(webhooks.keys, webhooks.key_overlap_s),
+        webhooks,
+    )
 
 
 def _input_type(endpoint_id: str) -> type[EndpointInput]:

@@ -1,5 +1,6 @@
 """The command line: thin calls on a server, and the server itself."""
 
+import asyncio
 import base64
 import json
 import os
@@ -7,37 +8,48 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from deployments import server
 from deployments.gateway import keys
+from deployments.queue import Outbox, open_outbox
 from deployments.remote import Refused, Remote
+from deployments.webhooks.keyring import open_keyring
+from schemas.deliveries import DeliveryState
 from schemas.settings import FrontSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help="Self-hosted fal.ai image endpoints.")
 console = Console()
 errors = Console(stderr=True)
 
+webhooks = typer.Typer(no_args_is_help=True, help="The webhooks in this machine's queue, for its operator.")
+app.add_typer(webhooks, name="webhooks")
+
+T = TypeVar("T")
+
 KEYS_ENV = FrontSettings.model_fields["keys_env"].default
 
 Url = Annotated[str, typer.Option(envvar="DARKROOM_URL", help="the server")]
 Key = Annotated[str | None, typer.Option(envvar="FAL_KEY", help="ID:SECRET, where the server wants one")]
+CONFIG = Path("serve_config.yaml")
+Config = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="the server's configuration")]
 LOCAL_URL = "http://127.0.0.1:8000"
 
 
 @app.command()
 def serve(
-    config: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = Path("serve_config.yaml"),
+    config: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = CONFIG,
     host: Annotated[str | None, typer.Option(help="instead of the file's")] = None,
     port: Annotated[int | None, typer.Option(help="instead of the file's", min=1, max=65535)] = None,
     key: Annotated[
@@ -115,6 +127,94 @@ def models(url: Url = LOCAL_URL, key: Key = None) -> None:
         for endpoint in remote.endpoints():
             table.add_row(endpoint)
         console.print(table)
+
+
+@webhooks.command("list")
+def list_webhooks(
+    state: Annotated[DeliveryState | None, typer.Option(help="only those")] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 50,
+    config: Config = CONFIG,
+) -> None:
+    """List the webhooks of the requests that ended last, the newest first."""
+    found = _with_outbox(config, lambda outbox: outbox.newest(limit, state))
+    whole = Column("request", no_wrap=True, min_width=36)  # to be copied
+    table = Table(whole, "to", "state", "tries", "last answer", "ended", "next try")
+    for each in found:
+        last = each.last_error or each.last_status
+        times = (each.ended_at, each.next_attempt_at)
+        cells = (_without_query(each.url), each.state, each.attempts, last or "", *map(_time, times))
+        table.add_row(each.request_id, *(escape(str(cell)) for cell in cells))
+    console.print(table)
+
+
+@webhooks.command("show")
+def show_webhook(request_id: str, config: Config = CONFIG) -> None:
+    """Show every try of a request's webhook."""
+    found = _with_outbox(config, lambda outbox: outbox.find(request_id))
+    if found is None:
+        raise _no_webhook(request_id)
+    record, log = found
+    console.print(f"{escape(_without_query(record.url))}  {record.state}", highlight=False)
+    table = Table("try", "began", "answer", "seconds")
+    for each in log:
+        went = each.outcome
+        answer = "no outcome" if went is None else went.error or went.status
+        took = "" if went is None else f"{went.duration_s:.3f}"
+        table.add_row(str(each.attempt), _time(each.began_at), escape(str(answer)), took)
+    console.print(table)
+
+
+@webhooks.command()
+def redeliver(request_id: str, config: Config = CONFIG) -> None:
+    """Send a request's webhook again, whatever came of it: at once, and with all its retries."""
+    before = _with_outbox(config, lambda outbox: outbox.redeliver(request_id))
+    if before is None:
+        raise _no_webhook(request_id)
+    if before == DeliveryState.SENDING:
+        errors.print("[red]it is being sent at this moment[/]; see `darkroom webhooks show`")
+        raise typer.Exit(1)
+    console.print(f"was {before}, is due now", highlight=False)
+
+
+@webhooks.command()
+def rotate(config: Config = CONFIG) -> None:
+    """Draw a new key to sign with. It is published now and signs once every receiver can know it."""
+    with _explained():
+        settings = _front(config).webhooks
+        signs_from = open_keyring(settings.keys, settings.key_overlap_s).rotate()
+    console.print(f"the new key signs from {_time(signs_from)} on", highlight=False)
+
+
+def _with_outbox(config: Path, work: Callable[[Outbox], Awaitable[T]]) -> T:
+    """What `work` finds in the queue's own webhooks, whether the server runs or not."""
+
+    async def opened(settings: FrontSettings) -> T:
+        outbox = open_outbox(settings.queue_url, settings.webhooks.lease_s)
+        try:
+            return await work(outbox)
+        finally:
+            await outbox.close()
+
+    with _explained():
+        return asyncio.run(opened(_front(config)))
+
+
+def _front(config: Path) -> FrontSettings:
+    return server.front_settings(server.load_config(config, None, None))
+
+
+def _no_webhook(request_id: str) -> typer.Exit:
+    errors.print(f"[red]no webhook[/] of {escape(request_id)}: unknown, unfinished, or none was asked for")
+    return typer.Exit(1)
+
+
+def _time(at: float | None) -> str:
+    return "" if at is None else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}Z"
+
+
+def _without_query(url: str) -> str:
+    """Queries carry secrets."""
+    return url.partition("?")[0]
 
 
 def _fields(inputs: list[str]) -> dict[str, Any]:

@@ -92,6 +92,14 @@ def _validate(kind: type[Settings], data: Any, place: str) -> None:
         raise ValueError(f"{place}: unknown endpoint {', '.join(unknown)}; known: {known}")
 
 
+def front_settings(config: dict[str, Any]) -> FrontSettings:
+    """The settings of the front in a configuration that has been checked. Raises ValueError without one."""
+    for application in config["applications"]:
+        if application.get("import_path") == "deployments.app:front":
+            return FrontSettings.model_validate(application.get("args") or {})
+    raise ValueError("the configuration has no application deployments.app:front")
+
+
 def address(config: dict[str, Any]) -> str:
     """Where a client on this machine reaches the server."""
     options = config["http_options"]

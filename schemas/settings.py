@@ -48,6 +48,46 @@ class LeaseSettings(Settings):
         return self
 
 
+class ReachSettings(Settings):
+    """Which hosts may be asked for by a URL in a request."""
+
+    allowed_networks: tuple[str, ...] = Field(
+        (), description="CIDR ranges that may be reached besides the public internet, such as 10.0.0.0/8"
+    )
+    allowed_ports: tuple[int, ...] = Field((80, 443), description="none: any port")
+    connect_timeout_s: float = Field(10, gt=0)
+
+
+class WebhookSettings(ReachSettings):
+    """How callers are told of finished requests: the `fal_webhook` of a submit.
+
+    The default schedule is fal.ai's: 10 retries over 2 hours. That of Standard Webhooks, 75 hours, is
+    5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400.
+    """
+
+    keys: str = Field(
+        "file://~/.local/share/darkroom/webhook-keys",
+        description="a folder for the private keys that sign; the first is drawn when it is needed",
+    )
+    key_overlap_s: float = Field(
+        86_400, ge=0, description="how long a key is published before its first and after its last signature"
+    )
+    timeout_s: float = Field(15, gt=0, description="a whole try")
+    retries_s: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (10, 30, 60, 120, 300, 600, 900, 1200, 1800, 2180), description="wait before each retry"
+    )
+    jitter: float = Field(0.1, ge=0, lt=1, description="a wait is longer or shorter by up to this share")
+    lease_s: float = Field(60, gt=0, description="a try without an outcome for so long is taken for lost")
+    per_host: int = Field(4, ge=1, description="tries at once to one host")
+    concurrency: int = Field(128, ge=1, description="tries at once")
+
+    @model_validator(mode="after")
+    def _tries_within_the_lease(self) -> "WebhookSettings":
+        if self.timeout_s * 2 > self.lease_s:
+            raise ValueError(f"timeout_s ({self.timeout_s}) must be at most half of lease_s ({self.lease_s})")
+        return self
+
+
 class FrontSettings(Settings):
     """The `args` of the front application: gateway, dispatcher, webhooks."""
 
@@ -69,6 +109,7 @@ class FrontSettings(Settings):
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="of an uploaded file")
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     gateway_replicas: int = Field(1, ge=1)
 
 
@@ -104,15 +145,10 @@ class Catalogue(Settings):
         return {endpoint_id: model for model, entry in self.models.items() for endpoint_id in entry.endpoints}
 
 
-class FetchSettings(Settings):
+class FetchSettings(ReachSettings):
     """What a URL in a request may reach, and how much it may cost."""
 
-    allowed_networks: tuple[str, ...] = Field(
-        (), description="CIDR ranges that may be reached besides the public internet, such as 10.0.0.0/8"
-    )
-    allowed_ports: tuple[int, ...] = Field((80, 443), description="none: any port")
     max_redirects: int = Field(3, ge=0)
-    connect_timeout_s: float = Field(10, gt=0)
     image_timeout_s: float = Field(60, gt=0, description="a whole image")
     weights_timeout_s: float = Field(1800, gt=0, description="a whole weights file")
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0)

@@ -1,8 +1,6 @@
 """Gets the files that requests name: data URIs, files of this server, and http(s) URLs.
 
-A URL is parsed once, its host is resolved once, every address is checked, and the connection goes
-to a checked address while the Host header and the TLS name stay those of the URL. So no second
-look-up can lead elsewhere. A redirect is a new URL and goes the same way.
+Every URL, those that redirects lead to included, goes through the egress, which checks where it leads.
 """
 
 import asyncio
@@ -11,30 +9,28 @@ import binascii
 import hashlib
 import io
 import re
-import socket
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
 from typing import BinaryIO
 
 import httpx
 from pydantic_core import from_json
 
-from deployments.files.guard import REFUSED, Guard, IPAddress, Target
+from deployments.files.egress import Egress, Resolver, resolve
+from deployments.files.guard import parse
 from deployments.files.store import FileStore
 from schemas.errors import AssetError
 from schemas.settings import FetchSettings
 
 SILENCE_S = 60.0  # a server that sends nothing for so long is given up
 CHUNK_BYTES = 2**18
-MAX_ATTEMPTS = 4  # addresses of one host that are tried
 DATA_HEADER_CHARS = 1000  # media type and parameters of a data URI
 
-Resolver = Callable[[str, int], Awaitable[list[IPAddress]]]
 Report = Callable[[int, int | None], None]  # bytes so far, bytes in all when known
 
+_PLAIN = {"Accept": "*/*", "Accept-Encoding": "identity"}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _OWN_PATH = re.compile(r"/files/([^/]+)")
 _FILE_PATH = re.compile(r".*/files/([^/]+)")  # whatever a proxy in front put before it
@@ -48,12 +44,6 @@ class Downloaded:
     bytes: int
     sha256: str
     etag: str | None = None
-
-
-async def resolve(host: str, port: int) -> list[IPAddress]:
-    """The system's answer for a host, in its order of preference. Raises OSError or UnicodeError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
 
 
 class Fetcher:
@@ -71,9 +61,7 @@ class Fetcher:
     ) -> None:
         self._files = files
         self._settings = settings
-        self._guard = Guard(settings)
-        self._resolver = resolver
-        self._tls = tls or httpx.create_ssl_context()
+        self._egress = Egress(settings, resolver, tls)
 
     async def image(self, source: str, base_url: str) -> bytes:
         """The bytes behind a data URI, a file URL of the server at `base_url`, or an http(s) URL."""
@@ -129,7 +117,7 @@ class Fetcher:
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._response(_parse(url), headers, internal_http) as response,
+                self._response(parse(url), headers, internal_http) as response,
             ):
                 if etag and response.status_code == 304:
                     return None
@@ -146,7 +134,7 @@ class Fetcher:
 
     async def _own(self, url: str) -> str | None:
         """The key of a file that this server has, in a URL with any host."""
-        match = _FILE_PATH.fullmatch(_parse(url).path)
+        match = _FILE_PATH.fullmatch(parse(url).path)
         return match[1] if match and await self._files.has(match[1]) else None
 
     @asynccontextmanager
@@ -155,71 +143,15 @@ class Fetcher:
     ) -> AsyncIterator[httpx.Response]:
         """The first answer that is no redirect."""
         for _ in range(self._settings.max_redirects + 1):
-            target = self._guard.check_url(url)
-            addresses = await self._resolve(target)
-            if internal_http and target.scheme == "http" and not self._guard.is_internal(addresses):
+            place = await self._egress.find(url)
+            if internal_http and url.scheme == "http" and not place.is_internal:
                 raise _failure("Plain http cannot be trusted here: use https.")
-            async with self._hop(url, target, addresses, headers) as response:
+            async with self._egress.ask(place, "GET", _PLAIN | headers, SILENCE_S) as response:
                 if response.status_code not in _REDIRECTS:
                     yield response
                     return
                 url = _next(url, response)
         raise _failure(f"The URL redirects more than {self._settings.max_redirects} times.")
-
-    async def _resolve(self, target: Target) -> list[IPAddress]:
-        try:
-            async with asyncio.timeout(self._settings.connect_timeout_s):
-                addresses = await self._resolver(target.host, target.port)
-        except (OSError, UnicodeError) as error:  # among them TimeoutError
-            raise _failure(REFUSED) from error
-        self._guard.check_addresses(target.host, addresses)
-        return addresses
-
-    @asynccontextmanager
-    async def _hop(
-        self, url: httpx.URL, target: Target, addresses: list[IPAddress], headers: dict[str, str]
-    ) -> AsyncIterator[httpx.Response]:
-        """One request on a connection of its own, so that no host speaks in the name of another."""
-        async with httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False) as transport:
-            response = await self._connect(transport, url, target, addresses, headers)
-            try:
-                yield response
-            finally:
-                await response.aclose()
-
-    async def _connect(
-        self,
-        transport: httpx.AsyncHTTPTransport,
-        url: httpx.URL,
-        target: Target,
-        addresses: list[IPAddress],
-        headers: dict[str, str],
-    ) -> httpx.Response:
-        """Ask the first of the checked addresses that takes the connection."""
-        failure: httpx.TransportError | None = None
-        for address in addresses[:MAX_ATTEMPTS]:
-            try:
-                return await transport.handle_async_request(
-                    httpx.Request(
-                        "GET",
-                        url.copy_with(host=str(address), port=target.port),
-                        headers={
-                            "Host": url.netloc.decode("ascii"),
-                            "Accept": "*/*",
-                            "Accept-Encoding": "identity",
-                            "User-Agent": "darkroom",
-                            **headers,
-                        },
-                        extensions={
-                            "sni_hostname": target.host,
-                            "timeout": {"connect": self._settings.connect_timeout_s, "read": SILENCE_S},
-                        },
-                    )
-                )
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                failure = error
-        assert failure is not None, "the guard refuses a host without addresses"
-        raise failure
 
 
 def own_key(source: str, base_url: str) -> str | None:
@@ -263,13 +195,6 @@ def _percent_decoded(text: str) -> bytes:
         raise ValueError("a % without two hexadecimal digits")
     # Quoted-printable differs by its sign only, and takes no Python object for each escape.
     return binascii.a2b_qp(encoded.replace(b"=", b"=3D").replace(b"%", b"="))
-
-
-def _parse(url: str) -> httpx.URL:
-    try:
-        return httpx.URL(url)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise _failure("This is not a valid URL.") from error
 
 
 def _next(url: httpx.URL, response: httpx.Response) -> httpx.URL:

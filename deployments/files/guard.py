@@ -6,14 +6,15 @@ no block that IANA keeps for a special purpose.
 """
 
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 import httpx
 
 from schemas.errors import AssetError
-from schemas.settings import FetchSettings
+from schemas.settings import ReachSettings
 
 IPAddress = IPv4Address | IPv6Address
 
@@ -87,7 +88,7 @@ _IPV6 = re.compile(r"[0-9a-f:.]*:[0-9a-f:.]*")  # no zone: it would name a netwo
 class Guard:
     """Holds URLs and the addresses behind them against the settings. Raises AssetError."""
 
-    def __init__(self, settings: FetchSettings) -> None:
+    def __init__(self, settings: ReachSettings) -> None:
         self._networks = tuple(ip_network(block) for block in settings.allowed_networks)
         self._ports = settings.allowed_ports
 
@@ -105,6 +106,14 @@ class Guard:
             raise _refusal(f"Port {port} may not be reached, only {', '.join(map(str, self._ports))}.")
         return Target(url.scheme, host, port)
 
+    def check_text(self, text: str) -> Target:
+        """Where a URL leads, as far as it can be told without a look-up."""
+        target = self.check_url(parse(text))
+        address = literal(target.host)
+        if address is not None:
+            self.check_addresses(target.host, [address])
+        return target
+
     def check_addresses(self, host: str, addresses: Sequence[IPAddress]) -> None:
         """Refuse `host` unless it has addresses and every one of them is public or allowed."""
         if not addresses or not all(is_public(each) or self._is_allowed(each) for each in addresses):
@@ -116,6 +125,29 @@ class Guard:
 
     def _is_allowed(self, address: IPAddress) -> bool:
         return any(address in network for network in self._networks)
+
+
+def parse(text: str) -> httpx.URL:
+    """Raises AssetError for what is no URL."""
+    try:
+        return httpx.URL(text)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise _refusal("This is not a valid URL.") from error
+
+
+def literal(host: str) -> IPAddress | None:
+    """The address that a host is by its very name, or None: `10.1`, `0x7f000001` and `localhost` are such."""
+    name = host.removesuffix(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return IPv4Address("127.0.0.1")
+    try:
+        return ip_address(name)
+    except ValueError:
+        pass
+    try:
+        return IPv4Address(socket.inet_aton(name))
+    except OSError:
+        return None
 
 
 def _refusal(message: str) -> AssetError:

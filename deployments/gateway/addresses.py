@@ -8,7 +8,8 @@ other way are brought to that form, in this order:
 3. a host name of fal's, or one that begins like it (`queue.`, `rest.`, `v3.`);
 4. a bare path: the queue if it names a request or carries what only submits carry, else a run.
 
-fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`.
+fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`. The keys that webhooks are
+verified by are at `/.well-known/jwks.json`, whatever the host is called.
 """
 
 import re
@@ -23,6 +24,8 @@ PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
 OWN_PATHS = ("/", "/health", "/ready")
 FILES = "/files/"
+BARE_JWKS = "/.well-known/jwks.json"  # whatever the host is called
+JWKS = f"/rest{BARE_JWKS}"
 SERVICES = ("run", "queue", "rest", "cdn")
 
 _HOSTS = {
@@ -59,6 +62,8 @@ def canonical(path: str, query: str, headers: Mapping[str, str]) -> Address:
 def _prefixed(path: str, query: str, headers: Mapping[str, str]) -> Address:
     if path.rstrip("/") == PROXY_PATH:
         return _proxied(headers)
+    if path == BARE_JWKS:
+        return Address(JWKS, query)
     if path in OWN_PATHS or path.startswith(FILES) or _prefix(path) in SERVICES:
         return Address(path, query)
     service = _service_of_host(headers.get("host", "")) or _service_of_bare(path, query, headers)

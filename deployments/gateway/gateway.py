@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from deployments.files.guard import Guard
 from deployments.files.store import FileStore
 from deployments.files.uploads import Uploads
 from deployments.gateway import inline, validation
@@ -16,7 +17,7 @@ from deployments.gateway.addresses import application, belongs
 from deployments.gateway.keys import ANYONE
 from deployments.queue import Queue
 from pipelines import registry
-from schemas.errors import InternalError, NotFound, RequestNotFound
+from schemas.errors import AssetError, BadRequest, InternalError, NotFound, RequestNotFound
 from schemas.fields import EndpointInput
 from schemas.jobs import (
     CancelOutcome,
@@ -70,6 +71,7 @@ class Gateway:
         self.uploads = Uploads(files, settings.max_upload_bytes)
         self.settings = settings
         self._queue = queue
+        self._receivers = Guard(settings.webhooks)
         self._routes: Mapping[str, str] = {}
 
     def configure(self, catalogue: Catalogue) -> None:
@@ -109,13 +111,14 @@ class Gateway:
     ) -> Accepted:
         """Accept a request. When this returns it is on disk.
 
-        Raises NotFound, InputError or QueueFull.
+        Raises NotFound, InputError, QueueFull, or BadRequest for a webhook to where none may go.
         """
         model = self._model_of(endpoint_id)
         kind = registry.endpoint(endpoint_id).input_type()
         request = validation.validate(kind, fields, self.settings.limits)
         ignored = tuple(validation.ignored(kind, fields))
         wishes = wishes or Wishes()
+        self._check_receiver(wishes.webhook_url)
         document = request.model_dump(mode="json", exclude_none=True)
         if caller.base_url:
             limit = self.settings.max_image_bytes
@@ -165,6 +168,15 @@ class Gateway:
     async def cancel(self, request_id: str, tenant: str) -> CancelOutcome:
         """See Queue.cancel."""
         return await self._queue.cancel(request_id, tenant)
+
+    def _check_receiver(self, url: str | None) -> None:
+        """Refuse what can be told without a look-up; the sender checks what the host leads to."""
+        if url is None:
+            return
+        try:
+            self._receivers.check_text(url)
+        except AssetError as error:
+            raise BadRequest(f"fal_webhook: {error.message}") from error
 
     def _model_of(self, endpoint_id: str) -> str:
         if model := self._routes.get(endpoint_id):

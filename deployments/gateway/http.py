@@ -12,7 +12,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from deployments.gateway import answers, body, downloads, middleware, sse, uploads, wishes
-from deployments.gateway.addresses import METHODS, Verb, queue_path
+from deployments.gateway.addresses import JWKS, METHODS, Verb, queue_path
 from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
@@ -22,12 +22,15 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # a stream's answer begins after so long at the latest, with or without an event
 
+JWKS_AGE_S = 3600  # how long a cache between us and a receiver of webhooks may keep our keys
+
 Ready = Callable[[], Awaitable[bool]]
 
 
-def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
-    """The ASGI application. `ready` tells whether every model can take a request."""
-    http = _Http(gateway, ready)
+def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[str, Any]]) -> ASGIApp:
+    """The ASGI application. `ready` tells whether every model can take a request, `jwks` by which keys
+    webhooks are verified."""
+    http = _Http(gateway, ready, jwks)
     everything = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
     routes = [
         Route("/", http.about),
@@ -37,6 +40,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         *uploads.routes(gateway, keys),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
+        Route(JWKS, http.jwks),
         Route("/rest/{path:path}", http.unknown, methods=everything),
         Route("/cdn/{path:path}", http.unknown, methods=everything),
     ]
@@ -52,9 +56,10 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
 
 
 class _Http:
-    def __init__(self, gateway: Gateway, ready: Ready) -> None:
+    def __init__(self, gateway: Gateway, ready: Ready, jwks: Callable[[], dict[str, Any]]) -> None:
         self._gateway = gateway
         self._ready = ready
+        self._jwks = jwks
 
     async def about(self, request: Request) -> Response:
         return answers.Json({"name": "darkroom", "endpoints": sorted(self._gateway.endpoints)})
@@ -66,6 +71,9 @@ class _Http:
         if not await self._ready():
             raise NotReady("The models are still being loaded.")
         return answers.Json({"status": "ready"})
+
+    async def jwks(self, request: Request) -> Response:
+        return answers.Json(self._jwks(), 200, {"cache-control": f"public, max-age={JWKS_AGE_S}"})
 
     async def unknown(self, request: Request) -> Response:
         raise NotFound(f"Path {request.url.path} not found")

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.gateway import answers
-from deployments.gateway.addresses import canonical
+from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
 from deployments.gateway.keys import Keys
 from schemas.errors import (
     BadRequest,
@@ -23,7 +23,7 @@ from schemas.errors import (
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_PATHS = ("/health", "/ready")
+PUBLIC_PATHS = ("/health", "/ready", JWKS, BARE_JWKS)
 # A file is named by 128 random bits. Who sends one shows a ticket or a pass instead of a key.
 PUBLIC_PREFIXES = ("/files/", "/cdn/files/")
 

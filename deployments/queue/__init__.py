@@ -1,16 +1,30 @@
 """The queue's front door."""
 
+from pathlib import Path
+
+from deployments.queue.outbox import Outbox
 from deployments.queue.queue import Queue
 from schemas.settings import LeaseSettings, local_path
 
-__all__ = ["Queue", "open_queue"]
+__all__ = ["Outbox", "Queue", "open_outbox", "open_queue"]
 
 
 def open_queue(url: str, lease: LeaseSettings) -> Queue:
     """Open the queue at `sqlite:///PATH`; the file is made when absent. Needs a running event loop."""
+    from deployments.queue.sqlite import SqliteDatabase
+
+    return Queue(SqliteDatabase(_path(url)), lease)
+
+
+def open_outbox(url: str, lease_s: float) -> Outbox:
+    """Open the webhooks of the queue at `url`, as `open_queue` does, on connections of their own."""
+    from deployments.queue.sqlite import SqliteDatabase
+
+    return Outbox(SqliteDatabase(_path(url)), lease_s)
+
+
+def _path(url: str) -> Path:
     path = local_path(url.replace("sqlite:///", "sqlite://", 1), "sqlite")
     if path is None:
         raise ValueError(f"queue_url must begin with sqlite:///, got {url!r}")
-    from deployments.queue.sqlite import SqliteDatabase
-
-    return Queue(SqliteDatabase(path), lease)
+    return path

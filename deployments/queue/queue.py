@@ -441,15 +441,7 @@ def _complete(connection: Connection, job: Job, result: JobResult, now: float) -
     connection.execute(sql.FORGET_PREVIEWS, {"request_id": job.request_id})
     _note_change(connection, job.request_id, now)
     if job.webhook_url is not None:
-        owed = {
-            "request_id": job.request_id,
-            "url": job.webhook_url,
-            "state": "due",
-            "created_at": now,
-            "attempts": 0,
-            "next_attempt_at": now,
-        }
-        connection.execute(sql.OWE, owed)
+        connection.execute(sql.OWE, rows.owed_values(job.request_id, job.webhook_url, now))
 
 
 def _set(connection: Connection, request_id: str, **values: Any) -> None:

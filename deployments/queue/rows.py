@@ -2,9 +2,11 @@
 
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 from sqlalchemy import RowMapping
 
+from schemas.deliveries import Delivery, DeliveryRecord, DeliveryState, Outcome, Try
 from schemas.jobs import Event, Job, JobEvent, JobResult, Logged, Previewed, Priority, Record, State
 
 STATE_CHANGE = "state"  # the kind of an event row that only says: look again
@@ -63,6 +65,64 @@ def record(row: RowMapping, position: int | None) -> Record:
         cancel_requested=row["cancel_requested"],
         result=_result(row),
     )
+
+
+def owed_values(request_id: str, url: str, now: float) -> dict[str, Any]:
+    """The columns of a webhook that is owed from now on."""
+    return {
+        "request_id": request_id,
+        "url": url,
+        "host": _host(url),
+        "state": DeliveryState.DUE,
+        "created_at": now,
+        "attempts": 0,
+        "retries": 0,
+        "next_attempt_at": now,
+    }
+
+
+def _host(url: str) -> str:
+    """What the webhooks to one host have in common. Never raises: a request must be able to end."""
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")[:255]
+    except ValueError:
+        return ""
+
+
+def delivery(row: RowMapping, attempt: int) -> Delivery:
+    return Delivery(
+        seq=row["seq"],
+        request_id=row["request_id"],
+        tenant=row["tenant"],
+        url=row["url"],
+        host=row["host"],
+        status=row["status"],
+        body=row["body"],
+        attempt=attempt,
+        retries=row["retries"],
+    )
+
+
+def delivery_record(row: RowMapping) -> DeliveryRecord:
+    is_due = row["state"] == DeliveryState.DUE
+    return DeliveryRecord(
+        request_id=row["request_id"],
+        url=row["url"],
+        state=DeliveryState(row["state"]),
+        created_at=row["created_at"],
+        attempts=row["attempts"],
+        next_attempt_at=row["next_attempt_at"] if is_due else None,
+        ended_at=row["ended_at"],
+        last_status=row["last_status"],
+        last_error=row["last_error"],
+    )
+
+
+def webhook_try(row: RowMapping) -> Try:
+    if row["duration_s"] is None:
+        return Try(row["attempt"], row["began_at"], None)
+    outcome = Outcome(row["status"], row["error"], row["duration_s"])
+    return Try(row["attempt"], row["began_at"], outcome)
 
 
 def event_values(request_id: str, event: JobEvent, at: float) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.schema import CreateColumn
 
 from deployments.queue.database import Database, Operation
 from deployments.queue.doorbell import Doorbell
@@ -44,7 +45,7 @@ class SqliteDatabase(Database):
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="queue-reader")
         self._thread = threading.local()
         with self._engine.begin() as connection:
-            metadata.create_all(connection)
+            _prepare_tables(connection)
         self._writer.start()
 
     @property
@@ -139,6 +140,22 @@ def _settle(done: "Future[Any]", result: Any = None, error: Exception | None = N
 def _down(error: Exception) -> StoreDown:
     logger.error("the queue's database failed: %s", error)
     return StoreDown("The queue cannot be reached at this moment; try again.")
+
+
+def _prepare_tables(connection: Connection) -> None:
+    """Make the tables, and what an older version's file lacks of them.
+
+    So a column that comes later must have a server default or may be null.
+    """
+    metadata.create_all(connection)
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                specification = CreateColumn(column).compile(connection)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {specification}")
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
 
 
 def _open(path: Path) -> Engine:

@@ -81,13 +81,32 @@ deliveries = Table(
     Column("seq", Integer, primary_key=True, autoincrement=True),
     Column("request_id", String(36), nullable=False),
     Column("url", Text, nullable=False),
+    Column("host", String(255), nullable=False, server_default=""),  # whose tries at once are bounded
     Column("state", String(10), nullable=False),
     Column("created_at", Float, nullable=False),
-    Column("attempts", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),  # tries begun; the number that an outcome must carry
+    Column("retries", Integer, nullable=False, server_default="0"),  # of the schedule that are used up
     Column("next_attempt_at", Float, nullable=False),
+    Column("lease_until", Float),  # while it is being sent
+    Column("ended_at", Float),
     Column("last_status", Integer),
     Column("last_error", Text),
     UniqueConstraint("request_id", "url"),
-    Index("deliveries_due", "state", "next_attempt_at"),
+    Index("deliveries_of_host", "state", "host", "next_attempt_at"),
+    sqlite_autoincrement=True,
+)
+
+# The log of webhooks: a row for each try, written when it begins.
+tries = Table(
+    "tries",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("delivery", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("began_at", Float, nullable=False),
+    Column("status", Integer),
+    Column("error", Text),
+    Column("duration_s", Float),  # null while there is no outcome
+    UniqueConstraint("delivery", "attempt"),
     sqlite_autoincrement=True,
 )

@@ -55,7 +55,14 @@ SEAMS = {
     "sqlalchemy": ("deployments.queue",),
     "sqlite3": ("deployments.queue.sqlite",),
     "obstore": ("deployments.files",),
-    "httpx": ("deployments.files", "deployments.remote", "deployments.server", "deployments.cli"),
+    "httpx": (
+        "deployments.files",
+        "deployments.webhooks",
+        "deployments.remote",
+        "deployments.server",
+        "deployments.cli",
+    ),
+    "cryptography": ("deployments.webhooks.keyring",),
     "pipelines.registry": (
         "deployments.gateway",
         "deployments.worker",
@@ -67,6 +74,7 @@ SEAMS = {
     "deployments.gateway": ("deployments.gateway", "deployments.app", "deployments.cli"),
     "deployments.dispatcher": ("deployments.app",),
     "deployments.worker": ("deployments.app",),
+    "deployments.webhooks": ("deployments.webhooks", "deployments.app", "deployments.cli"),
 }
 
 

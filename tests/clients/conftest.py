@@ -24,6 +24,7 @@ from tests.clients.inputs import (
     encoded,
     shapes,
 )
+from tests.support.receivers import Receiver, receiving
 from tests.support.server import Server, start, write_config
 from tests.support.sites import serving
 from tests.support.watching import follow, submit
@@ -46,8 +47,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for the whole suite. Each model runs one request at a time, so that others can be seen to
     wait, and may fetch from this machine."""
     folder = tmp_path_factory.mktemp("clients")
-    front = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
     here = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
+    front: dict[str, Any] = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
+    front["webhooks"] = here | {"retries_s": [0.1, 0.1], "timeout_s": 5}
     model = {"fetch": here, "weights": {"cache": f"file://{folder}/weights"}}
     path = write_config(folder, front=front, model=model, models=MODELS)
     config = yaml.safe_load(path.read_text())
@@ -106,6 +108,13 @@ def canny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         (folder / path).write_bytes(images[field])
     with serving(folder) as site:
         yield {field: f"{site}/{path}" for field, path in CANNY_PICTURES.items()}
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """An application that waits for webhooks."""
+    with receiving() as receiver:
+        yield receiver
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,8 @@ def write_config(
     files = f"file://{folder}/files"
     front_app["args"] |= {"queue_url": f"sqlite:///{folder}/queue.sqlite3", "files_url": files}
     front_app["args"] |= front or {}
+    webhooks = {"keys": f"file://{folder}/webhook-keys"}
+    front_app["args"]["webhooks"] = webhooks | (front or {}).get("webhooks", {})
     for deployment in front_app["deployments"]:
         catalogue = deployment["user_config"]["models"]
         deployment["user_config"] = {"models": {name: catalogue[name] for name in models}}

@@ -5,7 +5,7 @@ from ipaddress import ip_address, ip_network
 import httpx
 import pytest
 
-from deployments.files.guard import REFUSED, Guard, Target, is_public
+from deployments.files.guard import REFUSED, Guard, Target, is_public, literal
 from schemas.errors import AssetError
 from schemas.settings import FetchSettings
 
@@ -202,3 +202,39 @@ def test_no_list_of_ports_means_any_port() -> None:
 def test_the_tables_say_what_they_mean() -> None:
     assert len(set(NOT_PUBLIC)) >= 55
     assert not any(ip_address(each.split("%")[0]) in ip_network("2606:4700::/32") for each in NOT_PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("8.8.8.8", "8.8.8.8"),
+        ("8.8.8.8.", "8.8.8.8"),
+        ("2606:4700::1111", "2606:4700::1111"),
+        ("10.1", "10.0.0.1"),  # what resolvers take such forms for
+        ("0x7f000001", "127.0.0.1"),
+        ("0177.0.0.1", "127.0.0.1"),
+        ("2130706433", "127.0.0.1"),
+        ("localhost", "127.0.0.1"),
+        ("app.localhost.", "127.0.0.1"),
+        ("example.com", None),
+        ("localhost.example.com", None),
+        ("1.2.3.4.5", None),
+        ("deadbeef", None),
+    ],
+)
+def test_a_host_that_is_an_address_is_seen_without_a_look_up(host: str, address: str | None) -> None:
+    assert literal(host) == (None if address is None else ip_address(address))
+
+
+def test_a_text_is_checked_as_far_as_it_goes() -> None:
+    assert guard().check_text("https://example.com/hook?a=b") == Target("https", "example.com", 443)
+    assert guard("127.0.0.0/8").check_text("http://localhost/").host == "localhost"
+    for text in (
+        "http://localhost/",
+        "http://10.0.0.1/",
+        "http://[::1",
+        "http://a\nb/",
+        "http://2130706433/",
+    ):
+        with pytest.raises(AssetError):
+            guard().check_text(text)

@@ -37,6 +37,8 @@ def test_front_and_models_keep_their_files_in_one_place() -> None:
     [
         (FrontSettings, {"que_url": "x"}, "que_url"),
         (FrontSettings, {"lease": {"lease_s": 5, "heartbeat_s": 4}}, "heartbeat_s"),
+        (FrontSettings, {"webhooks": {"retries_s": [0]}}, "retries_s"),
+        (FrontSettings, {"webhooks": {"timeout_s": 31}}, "lease_s"),
         (LeaseSettings, {"lease_s": 0}, "lease_s"),
         (ModelSettings, {"model": "x", "endpoints": []}, "endpoints"),
         (ModelSettings, {"model": "x", "endpoints": ["a"], "dtype": "int8"}, "dtype"),
@@ -48,6 +50,12 @@ def test_front_and_models_keep_their_files_in_one_place() -> None:
 def test_a_mistake_is_named(kind: type[Any], data: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         kind.model_validate(data)
+
+
+def test_webhooks_are_tried_ten_times_again_within_two_hours() -> None:
+    retries = FrontSettings().webhooks.retries_s
+    assert (len(retries), sum(retries)) == (10, 7200)
+    assert list(retries) == sorted(retries)
 
 
 def test_settings_are_frozen() -> None:

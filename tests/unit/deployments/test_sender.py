@@ -1,0 +1,350 @@
+"""Webhooks on their way to real receivers. Time is the clock's; only time limits pass by themselves."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.files.egress import Egress
+from deployments.files.guard import IPAddress
+from deployments.queue import Outbox, Queue
+from deployments.queue.sqlite import SqliteDatabase
+from deployments.webhooks import sender as sender_module
+from deployments.webhooks.keyring import Keyring
+from deployments.webhooks.sender import BROKEN, INTERRUPTED, SILENT, UNREACHABLE, Sender
+from schemas.deliveries import DeliveryRecord, DeliveryState, Outcome, Try
+from schemas.errors import StoreDown
+from schemas.jobs import Job, JobResult
+from schemas.settings import LeaseSettings, WebhookSettings
+from tests.support.jobs import OUTPUT, Clock, make_job
+from tests.support.receivers import Receiver, is_genuine, receiving
+
+HERE = {"allowed_networks": ("127.0.0.0/8",), "allowed_ports": ()}
+LIMIT_S = 10.0
+Make = Callable[..., Sender]
+
+
+async def resolve(host: str, port: int) -> list[IPAddress]:
+    """Every host is this machine, but for one inside somebody's network."""
+    return [ip_address("10.0.0.1" if host.startswith("inside") else "127.0.0.1")]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def queue(tmp_path: Path, clock: Clock) -> AsyncIterator[Queue]:
+    queue = Queue(SqliteDatabase(tmp_path / "queue.sqlite3"), LeaseSettings(), clock)
+    yield queue
+    await queue.close()
+
+
+@pytest.fixture
+def outbox(queue: Queue, clock: Clock) -> Outbox:
+    return Outbox(queue._database, 60.0, clock)
+
+
+@pytest.fixture
+def keyring(tmp_path: Path, clock: Clock) -> Keyring:
+    return Keyring(tmp_path / "keys", 86_400, clock)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+async def make_sender(outbox: Outbox, keyring: Keyring) -> AsyncIterator[Make]:
+    made: list[Sender] = []
+
+    def make(chance: float = 0.5, **changes: Any) -> Sender:
+        settings = WebhookSettings(**{**HERE, **changes})
+        made.append(Sender(outbox, Egress(settings, resolve), keyring, settings, lambda: chance))
+        return made[-1]
+
+    yield make
+    for sender in made:
+        await sender.close()
+
+
+@pytest.fixture
+def sender(make_sender: Make) -> Sender:
+    return make_sender()
+
+
+async def owe(queue: Queue, url: str) -> Job:
+    job = make_job(webhook_url=url, tenant="alice")
+    await queue.submit(job)
+    [claim] = await queue.claim("flux", "one", 1)
+    assert await queue.finish(claim, JobResult.success(OUTPUT, 0.5))
+    return job
+
+
+async def found(outbox: Outbox, job: Job) -> tuple[DeliveryRecord, list[Try]]:
+    known = await outbox.find(job.request_id)
+    assert known is not None
+    return known
+
+
+async def outcomes(outbox: Outbox, job: Job) -> list[Outcome]:
+    """How each try went; the durations are nobody's to foresee."""
+    _, log = await found(outbox, job)
+    assert all(each.outcome is not None and each.outcome.duration_s >= 0 for each in log)
+    return [replace(each.outcome, duration_s=0.0) for each in log if each.outcome]
+
+
+async def send(sender: Sender) -> int:
+    begun = await sender.look()
+    await sender.idle()
+    return begun
+
+
+async def until_delivered(outbox: Outbox, job: Job) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while (await found(outbox, job))[0].state != DeliveryState.DELIVERED:
+            pass
+
+
+async def test_what_is_owed_arrives_signed_and_is_not_sent_again(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, keyring: Keyring, clock: Clock
+) -> None:
+    job = await owe(queue, f"{receiver.url}/hook?token=1")
+    assert await send(sender) == 1
+    [post] = receiver.all()
+    assert post.path == "/hook?token=1"
+    assert post.headers["host"] == receiver.url.removeprefix("http://")
+    assert is_genuine(post, keyring.jwks()["keys"], clock.now)
+    assert post.headers["x-fal-webhook-user-id"] == "alice"
+    assert job.request_id.encode() in post.body
+    assert await outcomes(outbox, job) == [Outcome(200, None, 0.0)]
+    clock.now += 10**6
+    assert await send(sender) == 0
+    assert receiver.all() == []
+
+
+async def test_the_loop_hears_of_what_falls_due(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver
+) -> None:
+    sender.start()
+    assert sender.is_alive
+    jobs = [await owe(queue, f"{receiver.url}/{number}") for number in range(6)]  # more than one host's room
+    for job in jobs:
+        await until_delivered(outbox, job)
+    assert len(receiver.all()) == 6
+    await sender.close()
+    assert not sender.is_alive
+
+
+@pytest.mark.parametrize(("chance", "share"), [(0.0, 0.9), (0.5, 1.0), (1.0, 1.1)])
+async def test_failures_are_tried_again_by_the_schedule_each_signed_afresh(
+    queue: Queue,
+    outbox: Outbox,
+    make_sender: Make,
+    receiver: Receiver,
+    keyring: Keyring,
+    clock: Clock,
+    chance: float,
+    share: float,
+) -> None:
+    receiver.statuses["/down"] = [500]
+    sender = make_sender(chance)
+    job = await owe(queue, f"{receiver.url}/down")
+    waits, signatures = [], set()
+    while await send(sender):
+        [post] = receiver.all()
+        assert is_genuine(post, keyring.jwks()["keys"], clock.now)
+        signatures.add(post.headers["x-fal-webhook-signature"])
+        record, _ = await found(outbox, job)
+        if record.next_attempt_at is not None:
+            waits.append(record.next_attempt_at - clock.now)
+            clock.now = record.next_attempt_at
+    assert waits == pytest.approx([wait * share for wait in WebhookSettings().retries_s])
+    assert sum(waits) == pytest.approx(7200 * share)
+    assert len(signatures) == record.attempts == 11
+    assert (record.state, record.last_status) == (DeliveryState.FAILED, 500)
+    assert await outcomes(outbox, job) == [Outcome(500, None, 0.0)] * 11
+
+
+async def test_it_ends_at_the_first_success(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, clock: Clock
+) -> None:
+    receiver.statuses["/late"] = [503, 204]
+    job = await owe(queue, f"{receiver.url}/late")
+    for _ in range(4):
+        await send(sender)
+        clock.now += 10_000
+    assert len(receiver.all()) == 2
+    assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
+
+
+async def test_everything_arrives_at_a_receiver_that_was_down_for_an_hour(
+    queue: Queue, outbox: Outbox, make_sender: Make, receiver: Receiver, clock: Clock
+) -> None:
+    sender = make_sender(chance=0.25, per_host=4)
+    receiver.statuses["/x"] = [503]
+    jobs = [await owe(queue, f"{receiver.url}/x") for _ in range(4)]
+    began = clock.now
+    while clock.now < began + 7200:
+        if clock.now >= began + 3600:
+            receiver.statuses["/x"] = [200]
+        await send(sender)
+        clock.now += 120
+    assert await outbox.newest(99, DeliveryState.DUE) == []
+    assert len(await outbox.newest(99, DeliveryState.DELIVERED)) == len(jobs)
+
+
+async def test_a_receiver_that_is_gone_hears_no_more(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, clock: Clock
+) -> None:
+    receiver.statuses["/gone"] = [410]
+    job = await owe(queue, f"{receiver.url}/gone")
+    await send(sender)
+    clock.now += 10**6
+    assert await send(sender) == 0
+    record, _ = await found(outbox, job)
+    assert (record.state, record.last_status, record.attempts) == (DeliveryState.FAILED, 410, 1)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_a_failure_and_not_followed(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, status: int
+) -> None:
+    receiver.statuses["/moved"] = [status]
+    receiver.locations["/moved"] = f"{receiver.url}/elsewhere"
+    job = await owe(queue, f"{receiver.url}/moved")
+    await send(sender)
+    assert [post.path for post in receiver.all()] == ["/moved"]
+    record, _ = await found(outbox, job)
+    assert (record.state, record.last_status) == (DeliveryState.DUE, status)
+
+
+async def test_a_receiver_that_hangs_up_has_not_taken_it(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver
+) -> None:
+    receiver.cut.add("/cut")
+    job = await owe(queue, f"{receiver.url}/cut")
+    await send(sender)
+    assert await outcomes(outbox, job) == [Outcome(None, BROKEN, 0.0)]
+    assert (await found(outbox, job))[0].state == DeliveryState.DUE
+
+
+async def test_a_receiver_that_is_silent_is_left_in_time(
+    queue: Queue, outbox: Outbox, make_sender: Make, receiver: Receiver
+) -> None:
+    receiver.gates["/slow"] = threading.Event()
+    job = await owe(queue, f"{receiver.url}/slow")
+    await send(make_sender(timeout_s=0.2))
+    assert await outcomes(outbox, job) == [Outcome(None, SILENT, 0.0)]
+    assert (await found(outbox, job))[0].state == DeliveryState.DUE
+
+
+async def test_a_slow_host_holds_nobody_else_up(
+    queue: Queue, outbox: Outbox, make_sender: Make, receiver: Receiver
+) -> None:
+    receiver.gates["/slow"] = threading.Event()
+    slow, quick = (receiver.url.replace("127.0.0.1", host) for host in ("slow.example", "quick.example"))
+    stuck = [await owe(queue, f"{slow}/slow") for _ in range(20)]
+    sender = make_sender(per_host=2, concurrency=4)
+    for _ in range(3):
+        job = await owe(queue, f"{quick}/quick")
+        await sender.look()
+        await until_delivered(outbox, job)
+    states = [(await found(outbox, job))[0].state for job in stuck]
+    assert states == [DeliveryState.SENDING] * 2 + [DeliveryState.DUE] * 18
+
+
+@pytest.mark.parametrize("networks", [(), ("10.0.0.0/8",)])
+async def test_what_the_settings_forbid_is_not_reached_whatever_it_is_called(
+    queue: Queue,
+    outbox: Outbox,
+    make_sender: Make,
+    receiver: Receiver,
+    networks: tuple[str, ...],
+) -> None:
+    """The submit was let through: by older settings, or because the name led elsewhere then."""
+    sender = make_sender(allowed_networks=networks)
+    urls = [receiver.url, receiver.url.replace("127.0.0.1", "rebound.example"), "ftp://there/", "http://["]
+    jobs = [await owe(queue, url) for url in urls]
+    await send(sender)
+    assert receiver.all() == []
+    for job in jobs:
+        assert await outcomes(outbox, job) == [Outcome(None, UNREACHABLE, 0.0)]
+
+
+async def test_closed_and_forbidden_look_the_same(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver
+) -> None:
+    closed = await owe(queue, "http://127.0.0.1:1/")
+    forbidden = await owe(queue, "http://inside.example:1/")
+    await send(sender)
+    assert await outcomes(outbox, closed) == await outcomes(outbox, forbidden)
+
+
+async def test_what_a_closing_sender_had_under_way_is_sent_by_the_next(
+    queue: Queue, outbox: Outbox, make_sender: Make, receiver: Receiver
+) -> None:
+    receiver.gates["/x"] = threading.Event()
+    job = await owe(queue, f"{receiver.url}/x")
+    first = make_sender()
+    await first.look()
+    await asyncio.to_thread(receiver.next)
+    await first.close()
+    receiver.gates["/x"].set()
+    assert await send(make_sender()) == 1
+    assert await outcomes(outbox, job) == [Outcome(None, INTERRUPTED, 0.0), Outcome(200, None, 0.0)]
+
+
+async def test_two_senders_send_everything_once(
+    queue: Queue, outbox: Outbox, make_sender: Make, receiver: Receiver
+) -> None:
+    jobs = [await owe(queue, f"{receiver.url}/{number}") for number in range(20)]
+    senders = [make_sender(per_host=3) for _ in range(2)]
+    while sum(await asyncio.gather(*map(send, senders))):
+        pass
+    sent = sorted(post.headers["x-fal-webhook-request-id"] for post in receiver.all())
+    assert sent == sorted(job.request_id for job in jobs)
+
+
+async def test_a_database_that_fails_for_a_while_costs_time_only(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle, failures = outbox.settle, [StoreDown("full"), StoreDown("full")]
+
+    async def failing(*args: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        return await settle(*args)
+
+    monkeypatch.setattr(outbox, "settle", failing)
+    monkeypatch.setattr(sender_module, "IDLE_S", 0.0)
+    job = await owe(queue, receiver.url)
+    await send(sender)
+    assert len(receiver.all()) == 1
+    assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
+
+
+async def test_nothing_secret_is_logged(
+    queue: Queue,
+    outbox: Outbox,
+    sender: Sender,
+    receiver: Receiver,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    await owe(queue, f"{receiver.url}/hook?token=canary")
+    await owe(queue, "http://127.0.0.1:1/?token=canary")
+    await send(sender)
+    assert caplog.records
+    assert "canary" not in caplog.text
+    assert (tmp_path / "keys" / "0.pem").read_text().splitlines()[1] not in caplog.text
