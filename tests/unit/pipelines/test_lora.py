@@ -376,10 +376,10 @@ def test_a_file_that_does_not_fit_is_refused_by_name(kind: str, shapes: Shapes, 
     tensors, sentence = REFUSED[kind]
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "a")
 
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(AssetError, match=sentence) as refusal:
         load(tmp_path / "a", shapes)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
     assert refusal.value.kind == "invalid_weights"
     assert refusal.value.message[-1] == "."
 

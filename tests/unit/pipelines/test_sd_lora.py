@@ -492,9 +492,9 @@ def test_2000_names_for_the_full_size_sdxl_take_milliseconds(full_sizes: Mapping
     names = [*shapes, *(each for name in shapes for each in beginnings(name))]
     wish = dict.fromkeys(names[:2000], 0.5)
 
-    start = time.perf_counter()
+    start = time.thread_time()
     assert layer_scales(wish, shapes) == dict.fromkeys(shapes, 0.5)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_a_convolution_in_groups_carries_none() -> None:

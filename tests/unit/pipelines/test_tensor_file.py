@@ -127,10 +127,10 @@ def member(number: int) -> bytes:
 
 def refuse(path: Path, content: bytes, sentence: str) -> None:
     path.write_bytes(content)
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(AssetError, match=sentence) as refusal:
         tensor_file.read(path)
-    assert time.perf_counter() - start < 1
+    assert time.thread_time() - start < 1
     assert refusal.value.kind == "invalid_weights"
     assert len(refusal.value.message) < 1000
     assert refusal.value.message[-1] == "."
