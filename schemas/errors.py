@@ -11,6 +11,7 @@
     │   ├── NotFound            404
     │   │   └── RequestNotFound 404, with the status word that fal's queue uses
     │   ├── MethodNotAllowed    405
+    │   ├── TargetRefused       412
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
     │   └── Cancelled           499
@@ -149,6 +150,12 @@ class MethodNotAllowed(RequestError):
 
     status = 405
     error_type = "method_not_allowed"
+
+
+class TargetRefused(RequestError):
+    """The proxy was asked for a host that it does not stand for."""
+
+    status = 412
 
 
 class BodyTooLarge(RequestError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from schemas.errors import BadRequest, NotFound, RequestNotFound
+from schemas.errors import BadRequest, NotFound, RequestNotFound, TargetRefused
 
 PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
@@ -31,6 +31,7 @@ _HOSTS = {
     "rest.fal.ai": "rest",
     "rest.alpha.fal.ai": "rest",
     "v3.fal.media": "cdn",
+    "v3b.fal.media": "cdn",
 }
 _HOST_PREFIXES = {"queue.": "queue", "rest.": "rest", "v3.": "cdn"}
 _SUBMIT_QUERY = {"fal_webhook", "fal_max_queue_length"}
@@ -49,7 +50,7 @@ class Address:
 def canonical(path: str, query: str, headers: Mapping[str, str]) -> Address:
     """The address in its prefixed form. Header names are lower case.
 
-    Raises BadRequest for a proxy call without a target, or with one that is not fal's or ours.
+    Raises BadRequest for a proxy call without a target, TargetRefused for a target that is not fal's or ours.
     """
     address = _prefixed(path, query, headers)
     is_file = address.path.startswith(f"/cdn{FILES}")
@@ -92,7 +93,7 @@ def _proxied(headers: Mapping[str, str]) -> Address:
         return Address(f"/{service}{url.path}", url.query)
     if url.netloc == headers.get("host") and _prefix(url.path or "/") in SERVICES:
         return Address(url.path, url.query)
-    raise BadRequest(f"The proxy serves fal's hosts only ({', '.join(_HOSTS)}), not {host!r}.")
+    raise TargetRefused(f"The proxy serves fal's hosts only ({', '.join(_HOSTS)}), not {host!r}.")
 
 
 def _service_of_host(host: str) -> str | None:

@@ -22,6 +22,7 @@ MAX_UPLOAD_BYTES = 100_000_000
 NODE = Path(__file__).parent / "node"
 WAYS = [
     "proxyUrl",  # @fal-ai/client: proxyUrl, for every request
+    "middleware",  # @fal-ai/client: a requestMiddleware to the proxy
     "prefixes",  # @fal-ai/client: a requestMiddleware that turns fal's hosts into path prefixes
     "serverless",  # @fal-ai/serverless-client, its predecessor: a requestMiddleware to the proxy
 ]
