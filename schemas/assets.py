@@ -70,6 +70,11 @@ def takes_weights(kind: type[BaseModel]) -> bool:
     return False
 
 
+def needs_image(kind: type[BaseModel]) -> bool:
+    """Whether requests of this type must name a picture."""
+    return any(info.is_required() and _kind(info) is AssetKind.IMAGE for info in kind.model_fields.values())
+
+
 def _objects(annotation: Any) -> Iterator[type[BaseModel]]:
     """The types of the objects that a field may hold: `list[LoraWeight] | None` → LoraWeight."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

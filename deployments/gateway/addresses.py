@@ -8,7 +8,8 @@ other way are brought to that form, in this order:
 3. a host name of fal's, or one that begins like it (`queue.`, `rest.`, `v3.`);
 4. a bare path: the queue if it names a request or carries what only submits carry, else a run.
 
-fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`.
+fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`. What fal's platform tells of
+its models, here `/v1/…` and `/openapi/…`, has no prefix.
 """
 
 import re
@@ -23,6 +24,7 @@ PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
 OWN_PATHS = ("/", "/health", "/ready")
 FILES = "/files/"
+PLATFORM = ("/v1/", "/openapi/", "/api/openapi/")  # at fal below api.fal.ai and fal.ai
 SERVICES = ("run", "queue", "rest", "cdn")
 
 _HOSTS = {
@@ -33,6 +35,7 @@ _HOSTS = {
     "v3.fal.media": "cdn",
     "v3b.fal.media": "cdn",
 }
+_PLATFORM_HOSTS = ("api.fal.ai", "fal.ai")
 _HOST_PREFIXES = {"queue.": "queue", "rest.": "rest", "v3.": "cdn"}
 _SUBMIT_QUERY = {"fal_webhook", "fal_max_queue_length"}
 _NETLOC = re.compile(r"([^@/\s]+@)?([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?", re.ASCII)
@@ -60,7 +63,7 @@ def canonical(path: str, query: str, headers: Mapping[str, str]) -> Address:
 def _prefixed(path: str, query: str, headers: Mapping[str, str]) -> Address:
     if path.rstrip("/") == PROXY_PATH:
         return _proxied(headers)
-    if path in OWN_PATHS or path.startswith(FILES) or _prefix(path) in SERVICES:
+    if path in OWN_PATHS or path.startswith((FILES, *PLATFORM)) or _prefix(path) in SERVICES:
         return Address(path, query)
     service = _service_of_host(headers.get("host", "")) or _service_of_bare(path, query, headers)
     return Address(f"/{service}{path}", query)
@@ -91,7 +94,8 @@ def _proxied(headers: Mapping[str, str]) -> Address:
     host = url.hostname or ""
     if service := _HOSTS.get(host):
         return Address(f"/{service}{url.path}", url.query)
-    if url.netloc == headers.get("host") and _prefix(url.path or "/") in SERVICES:
+    is_ours = url.netloc == headers.get("host") and _prefix(url.path or "/") in SERVICES
+    if is_ours or (host in _PLATFORM_HOSTS and url.path.startswith(PLATFORM)):
         return Address(url.path, url.query)
     raise TargetRefused(f"The proxy serves fal's hosts only ({', '.join(_HOSTS)}), not {host!r}.")
 

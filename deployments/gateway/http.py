@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from deployments.gateway import answers, body, downloads, middleware, sse, uploads, wishes
+from deployments.gateway import answers, body, downloads, middleware, models, sse, uploads, wishes
 from deployments.gateway.addresses import METHODS, Verb, queue_path
 from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keys import Keys
@@ -35,6 +35,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         Route("/ready", http.ready),
         *downloads.routes(gateway.files),
         *uploads.routes(gateway, keys),
+        *models.routes(gateway),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
         Route("/rest/{path:path}", http.unknown, methods=everything),

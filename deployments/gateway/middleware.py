@@ -23,9 +23,10 @@ from schemas.errors import (
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_PATHS = ("/health", "/ready")
 # A file is named by 128 random bits. Who sends one shows a ticket or a pass instead of a key.
-PUBLIC_PREFIXES = ("/files/", "/cdn/files/")
+# What can be asked of a model is no secret, and fal shows it to anyone.
+PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/")
+PUBLIC_PATHS = ("/health", "/ready", "/v1/models")
 
 _EXPOSED = (
     "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, "

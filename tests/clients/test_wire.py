@@ -1,5 +1,6 @@
 """The wire protocol where fal's clients hide it: statuses, headers, and what no client would send."""
 
+import base64
 import json
 import socket
 import time
@@ -9,9 +10,24 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from openapi_schema_validator import OAS30ReadValidator
 
 from tests.clients.conftest import MAX_BODY_BYTES
-from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, SMALL, WATCHED, steps
+from tests.clients.inputs import (
+    ALICE,
+    APP,
+    EDIT,
+    EDIT_EXAMPLE,
+    ENDPOINT,
+    LONG,
+    REMAKE,
+    REMAKE_EXAMPLE,
+    SMALL,
+    WATCHED,
+    drawing,
+    encoded,
+    steps,
+)
 from tests.support.server import Server
 from tests.support.watching import follow, submit
 
@@ -171,6 +187,26 @@ def test_the_newer_name_of_the_start_timeout_wins(alice: httpx.Client, busy: dic
     headers = {"x-fal-request-start-timeout": "0.2", "x-fal-request-timeout": "3600"}
     answer = alice.post(f"/run/{ENDPOINT}", json=SMALL, headers=headers)
     assert answer.status_code == 504
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        (ENDPOINT, SMALL),
+        (REMAKE, REMAKE_EXAMPLE),
+        (EDIT, EDIT_EXAMPLE),
+    ],
+)
+def test_what_a_model_answers_is_valid_by_its_own_document(
+    endpoint: str, fields: dict[str, Any], alice: httpx.Client
+) -> None:
+    document = alice.get(f"/openapi/{endpoint}").json()
+    result = document["paths"][f"/{endpoint}/requests/{{request_id}}"]["get"]["responses"]["200"]
+    schema = result["content"]["application/json"]["schema"] | {"components": document["components"]}
+    picture = base64.b64encode(encoded(drawing((64, 64)))).decode()
+    answer = alice.post(f"/run/{endpoint}", json=fields | {"image_url": f"data:image/png;base64,{picture}"})
+    assert answer.status_code == 200
+    OAS30ReadValidator(schema).validate(answer.json())
 
 
 # --- the status stream ---
