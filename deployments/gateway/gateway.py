@@ -166,6 +166,10 @@ class Gateway:
         """See Queue.cancel."""
         return await self._queue.cancel(request_id, tenant)
 
+    def check(self, endpoint_id: str) -> None:
+        """Raise NotFound for what is not served here."""
+        self._model_of(endpoint_id)
+
     def _model_of(self, endpoint_id: str) -> str:
         if model := self._routes.get(endpoint_id):
             return model

@@ -1,8 +1,6 @@
 """The gateway over HTTP: Starlette routes that translate, and do nothing else."""
 
 import asyncio
-import contextvars
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -11,14 +9,24 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from deployments.gateway import answers, body, downloads, middleware, models, sse, uploads, wishes
+from deployments.gateway import (
+    answers,
+    body,
+    downloads,
+    middleware,
+    models,
+    realtime,
+    sse,
+    tokens,
+    uploads,
+    wishes,
+)
+from deployments.gateway.abandoned import abandon
 from deployments.gateway.addresses import METHODS, Verb, queue_path
 from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
 from schemas.jobs import JobResult, Previewed, Record, Snapshot
-
-logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # a stream's answer begins after so long at the latest, with or without an event
 
@@ -36,6 +44,8 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         *downloads.routes(gateway.files),
         *uploads.routes(gateway, keys),
         *models.routes(gateway),
+        *tokens.routes(keys),
+        *realtime.routes(gateway, keys),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
         Route("/rest/{path:path}", http.unknown, methods=everything),
@@ -159,7 +169,7 @@ class _Http:
         def closed() -> None:
             first.cancel()
             if not ended.is_set():
-                self._abandon(accepted)
+                abandon(self._gateway, accepted.job)
 
         return sse.EventStream(documents(), headers, closed)
 
@@ -191,20 +201,7 @@ class _Http:
             leaving.cancel()
             if not working.done():
                 working.cancel()
-                self._abandon(accepted)
-
-    def _abandon(self, accepted: Accepted) -> None:
-        """Cancel a request whose caller left, outliving the call that notices."""
-        job = accepted.job
-        logger.info("the caller of %s left; cancelling it", job.request_id)
-        task = asyncio.get_running_loop().create_task(
-            self._gateway.cancel(job.request_id, job.tenant), context=contextvars.Context()
-        )
-        _background.add(task)
-        task.add_done_callback(_background.discard)
-
-
-_background: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks only weakly
+                abandon(self._gateway, accepted.job)
 
 
 async def _disconnect(request: Request) -> None:

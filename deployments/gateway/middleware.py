@@ -8,8 +8,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
-from deployments.gateway import answers
+from deployments.gateway import answers, tokens
 from deployments.gateway.addresses import canonical
 from deployments.gateway.keys import Keys
 from schemas.errors import (
@@ -41,7 +42,7 @@ class Addressing:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             query = scope["query_string"].decode("latin-1")
             address = canonical(scope["path"], query, HeaderView(scope=scope))
             path, query_string = address.path, address.query.encode("latin-1", "replace")
@@ -67,18 +68,34 @@ class Authentication:
             return
         path = scope["path"]
         if path not in PUBLIC_PATHS and not path.startswith(PUBLIC_PREFIXES):
-            given = HeaderView(scope=scope).getlist("authorization")
-            scope.setdefault("state", {})["tenant"] = self._keys.tenant(given)
+            scope.setdefault("state", {})["tenant"] = self._tenant(scope)
         await self._app(scope, receive, send)
+
+    def _tenant(self, scope: Scope) -> str:
+        """By the key, or by the token that a browser has instead of one."""
+        headers, query = HeaderView(scope=scope), scope["query_string"].decode("latin-1")
+        given = headers.getlist("authorization")
+        if not given and (token := tokens.token_in(query)):
+            return self._keys.holder(token, tokens.covered(canonical(scope["path"], query, headers).path))
+        return self._keys.tenant(given)
 
 
 class Errors:
-    """Turns what is raised into fal's shapes. Here a fault of ours is logged, once."""
+    """Turns what is raised into fal's shapes. Here a fault of ours is logged, once.
+
+    A websocket is refused without a word, unless its route has taken it: then that has told.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            try:
+                await self._app(scope, receive, send)
+            except RequestError:
+                await WebSocketClose()(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

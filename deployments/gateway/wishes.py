@@ -1,6 +1,6 @@
 """What a caller asks beside its input, in headers and query parameters."""
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from deployments.gateway.addresses import parse_url
 from deployments.gateway.gateway import Wishes
@@ -10,11 +10,12 @@ from schemas.jobs import Priority
 MIN_START_TIMEOUT_S = 0.1
 
 
-def base_url(request: Request) -> str:
+def base_url(request: HTTPConnection) -> str:
     """How the caller reached us, as far as a proxy in front tells. Raises BadRequest."""
     forwarded = request.headers.get("x-forwarded-host")
     host = forwarded or request.headers.get("host") or ""
     scheme = request.headers.get("x-forwarded-proto") or request.url.scheme
+    scheme = {"ws": "http", "wss": "https"}.get(scheme, scheme)
     text = f"{scheme.split(',')[0].strip()}://{host.split(',')[0].strip()}"
     url = parse_url(text)
     if url is None or url.username is not None or url.netloc != text.partition("://")[2]:

@@ -100,7 +100,7 @@ def tell(way: str, server: Server, node_packages: Path) -> Tell:
 
     def run(script: str, given: Any = None) -> dict[str, Any]:
         done = subprocess.run(
-            ["node", script, way, server.url],
+            ["node", "--experimental-websocket", script, way, server.url],
             cwd=node_packages,
             input=json.dumps(given),
             capture_output=True,
