@@ -186,11 +186,14 @@ class Cancelled(RequestError):
 class RequestFailed(DarkroomError):
     """A finished request did not succeed; `status`, `error_type` and the body are its answer's."""
 
-    def __init__(self, message: str, status: int, error_type: str, answer: dict[str, Any]) -> None:
+    def __init__(
+        self, message: str, status: int, error_type: str, answer: dict[str, Any], retryable: bool = False
+    ) -> None:
         super().__init__(message)
-        self.args = (message, status, error_type, answer)
+        self.args = (message, status, error_type, answer, retryable)
         self.status = status  # type: ignore[misc]
         self.error_type = error_type  # type: ignore[misc]
+        self.retryable = retryable  # type: ignore[misc]
         self._answer = answer
 
     def body(self) -> dict[str, Any]:

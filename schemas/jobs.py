@@ -88,7 +88,7 @@ class JobResult:
         """The output of a success. Raises RequestFailed with what the caller would have been told."""
         if self.status == 200:
             return self.body
-        raise RequestFailed(self.error or "", self.status, self.error_type or "", self.body)
+        raise RequestFailed(self.error or "", self.status, self.error_type or "", self.body, self.retryable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,16 @@ class LeaseSettings(Settings):
         return self
 
 
+class OpenAIModel(Settings):
+    """What a model's name means at the OpenAI-style paths."""
+
+    generations: str | None = Field(None, description="the endpoint that makes pictures from text")
+    edits: str | None = Field(None, description="the endpoint that remakes a picture")
+
+    def endpoints(self) -> list[str]:
+        return [each for each in (self.generations, self.edits) if each is not None]
+
+
 class FrontSettings(Settings):
     """The `args` of the front application: gateway, dispatcher, webhooks."""
 
@@ -67,6 +77,10 @@ class FrontSettings(Settings):
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="of an uploaded file")
+    openai_models: dict[str, OpenAIModel] = Field(
+        default_factory=dict,
+        description="names that /v1/images takes beside endpoint ids: {gpt-image-2: {generations: …}}",
+    )
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     gateway_replicas: int = Field(1, ge=1)

@@ -1,7 +1,7 @@
 """The gateway over HTTP: Starlette routes that translate, and do nothing else."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -15,13 +15,14 @@ from deployments.gateway import (
     downloads,
     middleware,
     models,
+    openai,
     realtime,
     sse,
     tokens,
     uploads,
     wishes,
 )
-from deployments.gateway.abandoned import abandon
+from deployments.gateway.abandoned import abandon, while_connected
 from deployments.gateway.addresses import METHODS, Verb, queue_path
 from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keys import Keys
@@ -46,6 +47,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         *models.routes(gateway),
         *tokens.routes(keys),
         *realtime.routes(gateway, keys),
+        *openai.routes(gateway),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
         Route("/rest/{path:path}", http.unknown, methods=everything),
@@ -132,9 +134,8 @@ class _Http:
             return await self._stream(request, endpoint_id)
         accepted = await self._submit(request, path)
         job = accepted.job
-        found = await self._while_connected(
-            request, accepted, self._gateway.result(job.request_id, job.tenant)
-        )
+        working = self._gateway.result(job.request_id, job.tenant)
+        found = await while_connected(request, self._gateway, job, working)
         if found is None:
             return Response(status_code=499)  # nobody reads it
         answer = answers.result(found, job.request_id)
@@ -148,7 +149,8 @@ class _Http:
         job = accepted.job
         events = _outputs(self._gateway.watch(job.request_id, job.tenant))
         first = asyncio.ensure_future(anext(events))
-        done = await self._while_connected(request, accepted, asyncio.wait([first], timeout=GRACE_S))
+        waiting = asyncio.wait([first], timeout=GRACE_S)
+        done = await while_connected(request, self._gateway, job, waiting)
         if done is None:
             first.cancel()
             return Response(status_code=499)
@@ -169,7 +171,7 @@ class _Http:
         def closed() -> None:
             first.cancel()
             if not ended.is_set():
-                abandon(self._gateway, accepted.job)
+                abandon(self._gateway, job)
 
         return sse.EventStream(documents(), headers, closed)
 
@@ -187,27 +189,6 @@ class _Http:
 
     def _caller(self, request: Request) -> Caller:
         return Caller(request.state.tenant, self._gateway.settings.public_url or wishes.base_url(request))
-
-    async def _while_connected(
-        self, request: Request, accepted: Accepted, work: Coroutine[Any, Any, Any]
-    ) -> Any:
-        """The outcome of `work`, or None if the client left before it; then the job is cancelled."""
-        working = asyncio.ensure_future(work)
-        leaving = asyncio.ensure_future(_disconnect(request))
-        try:
-            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-            return working.result() if working.done() else None
-        finally:
-            leaving.cancel()
-            if not working.done():
-                working.cancel()
-                abandon(self._gateway, accepted.job)
-
-
-async def _disconnect(request: Request) -> None:
-    """Wait until the client is gone. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _wants_logs(request: Request) -> bool:

@@ -40,11 +40,14 @@ class _Models:
         found = [each for each in self._found(request) if each.id > after]
         page, has_more = found[:limit], len(found) > limit
         base_url = self._base_url(request)
+        names = [] if request.query_params else [*self._gateway.settings.openai_models]
         return answers.Json(
             {
                 "models": [_model(each, base_url, expands=expands) for each in page],
                 "next_cursor": _cursor(page[-1].id) if has_more else None,
                 "has_more": has_more,
+                "object": "list",  # from here on for OpenAI's clients, which ask at the same path
+                "data": [_openai_model(each) for each in [*names, *(each.id for each in page)]],
             }
         )
 
@@ -97,6 +100,10 @@ def _model(about: Description, base_url: str, *, expands: bool) -> dict[str, Any
     if expands:
         model["openapi"] = openapi.document(registry.endpoint(about.id), base_url)
     return model
+
+
+def _openai_model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "darkroom"}
 
 
 def _expands(request: Request) -> bool:
