@@ -22,7 +22,7 @@ check: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
 
-bench: .venv/.dev
+bench: .venv/.bench
 	$(BIN)/python -m benchmarks
 
 clean:
@@ -45,4 +45,8 @@ clean:
 .venv/.dev: .venv/.worker
 	@echo "installing the test tools"
 	$(PIP) --editable '.[worker,demo,dev]'
+	@touch $@
+
+.venv/.bench: .venv/.dev
+	$(PIP) --editable '.[worker,demo,dev,bench]'
 	@touch $@

@@ -8,14 +8,15 @@ any `args` would restart every model.
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -24,7 +25,9 @@ from deployments.files.store import open_files
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
 from deployments.queue import open_queue
+from deployments.router import STATS_S
 from pipelines import registry
+from schemas.assets import takes_weights, weights
 from schemas.errors import NotReady, WorkerLost
 from schemas.fields import EndpointInput
 from schemas.jobs import Job, Update
@@ -33,6 +36,7 @@ from schemas.settings import Catalogue, FrontSettings, ModelSettings
 logger = logging.getLogger("ray.serve")
 
 FRONT = "darkroom"  # the front application's name
+WORKER = "worker"  # the deployment's name in every model's application
 FRONT_CPUS = 0.1  # what Ray books for a gateway or a dispatcher
 WATCHERS = 10_000  # requests that a gateway replica takes at once; those that only wait are cheap
 HEALTH_CHECK_S = 5
@@ -64,10 +68,14 @@ def front(settings: FrontSettings) -> Application:
 
 
 def model(settings: ModelSettings) -> Application:
-    """One resident model and the endpoints it serves."""
+    """One resident model and the endpoints it serves.
+
+    The workers stand behind an entry, because Serve lets no application's first deployment have a router of
+    its own. Only Python callers pass through it; the dispatcher calls the workers.
+    """
     worker = serve.deployment(
         _WorkerReplica,
-        name="worker",
+        name=WORKER,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,
@@ -81,8 +89,20 @@ def model(settings: ModelSettings) -> Application:
         graceful_shutdown_timeout_s=settings.drain_s,
         health_check_period_s=HEALTH_CHECK_S,
         max_constructor_retry_count=3,
+        request_router_config=RequestRouterConfig(
+            request_router_class="deployments.router.AffinityRouter",
+            request_routing_stats_period_s=STATS_S,
+        ),
     )
-    return worker.bind(settings)
+    entry = serve.deployment(
+        _EntryReplica,
+        name="entry",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=WATCHERS,
+        health_check_period_s=HEALTH_CHECK_S,
+    )
+    return entry.bind(worker.bind(settings))
 
 
 class _GatewayReplica:
@@ -150,25 +170,40 @@ class _DispatcherReplica:
             await self._dispatcher.close()
 
 
+class _EntryReplica:
+    def __init__(self, worker: DeploymentHandle) -> None:
+        self._worker = worker
+
+    async def run(self, endpoint_id: str, request: EndpointInput) -> Any:
+        """See Worker.run; any replica may do it."""
+        return await self._worker.run.remote(endpoint_id, request, needs=_digests(request))
+
+
 class _WorkerReplica:
     def __init__(self, settings: ModelSettings) -> None:
         _join_logs()
         from deployments.worker import Worker  # imports torch, which only a replica needs
 
         self._worker = Worker(settings, open_files(settings.files_url))
+        self._slots = settings.concurrency
 
-    async def generate(self, job: Job) -> AsyncGenerator[Update]:
-        """See Worker.generate."""
+    async def generate(self, job: Job, needs: Sequence[str] = ()) -> AsyncGenerator[Update]:
+        """See Worker.generate. `needs` are for the router."""
         async for update in self._worker.generate(job):
             yield update
 
-    async def prefetch(self, job: Job) -> None:
-        """See Worker.prefetch."""
+    async def prefetch(self, job: Job, needs: Sequence[str] = ()) -> None:
+        """See Worker.prefetch. `needs` are for the router."""
         self._worker.prefetch(job)
 
-    async def run(self, endpoint_id: str, request: EndpointInput) -> Any:
-        """See Worker.run."""
+    async def run(self, endpoint_id: str, request: EndpointInput, needs: Sequence[str] = ()) -> Any:
+        """See Worker.run. `needs` are for the router."""
         return await self._worker.run(endpoint_id, request)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What the router is told of this replica, see Worker.holdings."""
+        holds = {need: (held.tier, held.nbytes) for need, held in self._worker.holdings().items()}
+        return {"slots": self._slots, "seconds": self._worker.seconds, "holds": holds}
 
     async def check_health(self) -> None:
         self._worker.check_health()
@@ -197,7 +232,7 @@ class _ServeModels:
     def connect(self, name: str) -> ModelHandle:
         if name not in self._handles:
             try:
-                handle = serve.get_app_handle(name)
+                handle = serve.get_deployment_handle(WORKER, app_name=name)
             except RayServeException as error:
                 raise NotReady(f"The application {name} is not deployed.") from error
             self._handles[name] = _ServeModel(handle)
@@ -212,7 +247,7 @@ class _ServeModel:
         self._prefetch = handle.options(method_name="prefetch")
 
     async def generate(self, job: Job) -> AsyncGenerator[Update]:
-        response = self._generate.remote(job)
+        response = self._generate.remote(job, needs=_needs(job))
         with _translated():
             try:
                 async for update in response:
@@ -221,12 +256,27 @@ class _ServeModel:
                 response.cancel()
 
     async def prefetch(self, job: Job) -> None:
-        response = self._prefetch.remote(job)
+        response = self._prefetch.remote(job, needs=_needs(job))
         with _translated():
             try:
                 await response
             finally:
                 response.cancel()
+
+
+def _needs(job: Job) -> tuple[str, ...]:
+    """The weights that a job names, in the router's words."""
+    kind = _input_type(job.endpoint_id)
+    if not takes_weights(kind):
+        return ()
+    try:
+        return _digests(kind.model_validate(job.input))
+    except ValidationError:  # the worker says so
+        return ()
+
+
+def _digests(request: EndpointInput) -> tuple[str, ...]:
+    return tuple(asset.digest for asset in weights(request))
 
 
 @contextmanager

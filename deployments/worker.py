@@ -1,20 +1,23 @@
 """Holds one resident model and runs jobs on it. It knows neither the queue nor HTTP.
 
-Three threads overlap: texts and images are encoded on one, the engine denoises on its own, pictures
-are decoded, checked and compressed on a third. This file is the one bridge between the asynchronous
-deployments and the synchronous pipelines.
+Threads overlap: large weights are loaded on some, texts and images are encoded on one, the engine
+denoises on its own, pictures are decoded, checked and compressed on another. This file is the one
+bridge between the asynchronous deployments and the synchronous pipelines.
 """
 
 import asyncio
 import base64
 import contextvars
+import io
 import logging
 import os
 import secrets
+import tarfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ import torch
 from PIL.Image import Image as Picture
 from pydantic import BaseModel, ValidationError
 
+from deployments.affinity import Holding
 from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
 from deployments.files.weights import Weights
+from deployments.holdings import Holdings
 from pipelines import images, registry, zoo
-from pipelines.base import AnyPipeline, Assets, Generation, Model
+from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.safety import SafetyChecker
@@ -40,7 +45,7 @@ from schemas.errors import (
     Location,
     NotFound,
 )
-from schemas.fields import EndpointInput, Image
+from schemas.fields import EndpointInput, File, PictureFile
 from schemas.jobs import Job, JobEvent, JobResult, Logged, Previewed, Update
 from schemas.settings import ModelSettings
 
@@ -49,13 +54,18 @@ logger = logging.getLogger(__name__)
 UPDATE_S = 0.05  # events of so long travel together
 PREVIEW_S = 0.5  # the shortest time between two previews of a job
 RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
+USUAL_S = 5.0  # that a request takes, before one did
+NEWS = 0.2  # what the last request counts in the mean of their seconds
 PREFETCHES = 2  # files fetched ahead at once
 
 _Fetched = Picture | Path | bytes | AssetError
 
 
 class Worker:
-    """One replica: a model, its endpoints' pipelines, an engine."""
+    """One replica: a model, its endpoints' pipelines, an engine.
+
+    `seconds` is what a request has taken of late.
+    """
 
     def __init__(self, settings: ModelSettings, files: FileStore) -> None:
         torch.set_num_threads(settings.cpu_threads or os.cpu_count() or 1)
@@ -63,12 +73,16 @@ class Worker:
         self._settings = settings
         self._files = files
         self._fetcher = Fetcher(files, settings.fetch)
-        self._weights = Weights(self._fetcher, settings.weights, settings.fetch)
+        self._weights = Weights(self._fetcher, settings, _source)
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._prefetching = asyncio.Semaphore(PREFETCHES)
         self._prefetches: set[asyncio.Task[None]] = set()
         self._pipelines, model = _load(settings)
+        self._holdings = Holdings(model)
+        self.seconds = USUAL_S
         self._safety = _load_safety_checker(settings)
+        # as many as there are jobs: one that waits for room there must not stop another
+        self._loading = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="load")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._engine = Engine(model.predict, settings.batch_tokens)
@@ -81,8 +95,13 @@ class Worker:
 
     def close(self) -> None:
         self._engine.close()
+        self._loading.shutdown(wait=False, cancel_futures=True)  # a job may wait for room in vain by now
         self._encoding.shutdown(cancel_futures=True)
         self._decoding.shutdown(cancel_futures=True)
+
+    def holdings(self) -> dict[str, Holding]:
+        """The weights that requests have named, by their assets' digests, and where they are here."""
+        return self._holdings.told()
 
     async def run(self, endpoint_id: str, request: EndpointInput) -> BaseModel:
         """A direct call, past the queue: the endpoint's typed Input in, its typed Output out.
@@ -166,20 +185,26 @@ class Worker:
         async with AsyncExitStack() as stack:
             fetched = await self._fetch(job, request, stack, emit)
             watch.lap("fetch")
+            stack.enter_context(await self._hold(pipeline, request, fetched))
+            watch.lap("load")
             generation = await self._prepare(pipeline, request, fetched)
-            stack.enter_context(generation.resources)
-            for note in generation.notes:
-                emit(Logged(note, "WARN"))
-            watch.lap("encode")
-            await self._denoise(job, pipeline, request, generation, emit)
-            watch.lap("denoise")
-        pictures, flags = await self._off_loop(self._decoding, self._finish, pipeline, generation)
-        stored = [await self._store(job, generation, picture) for picture in pictures]
+            with generation.resources:
+                for note in generation.notes:
+                    emit(Logged(note, "WARN"))
+                watch.lap("encode")
+                await self._denoise(job, pipeline, request, generation, emit)
+                watch.lap("denoise")
+            # what is held stays: the decoder may be part of it
+            finished = await self._off_loop(self._decoding, self._finish, pipeline, generation)
+        pictures = [await self._store(job, generation, *picture) for picture in finished.pictures]
+        traces = {field: await self._store_trace(job, field, tar) for field, tar in finished.traces.items()}
         watch.lap("decode")
         if generation.check_safety and self._safety is None:
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
         timings = watch.timings()
-        output = pipeline.answer(request, stored, generation.seed, flags, timings)
+        self.seconds += NEWS * (timings["inference"] - self.seconds)
+        outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
+        output = pipeline.answer(request, outcome)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
 
     def _read(self, job: Job) -> tuple[AnyPipeline, EndpointInput]:
@@ -208,14 +233,27 @@ class Worker:
                 if asset.kind is AssetKind.CONFIG:
                     return await self._fetcher.config(asset.source, job.base_url)
                 lease = await self._weights.locate(asset, job.base_url, lambda line: emit(Logged(line)))
-                return stack.enter_context(lease)
+                path = stack.enter_context(lease)
+                self._holdings.note(asset, path)
+                return path
             except AssetError as error:
                 return error
 
         refs = list(assets(request))
-        wanted = list(dict.fromkeys(ref.asset for ref in refs))
-        found = dict(zip(wanted, await asyncio.gather(*map(fetch, wanted)), strict=True))
-        return _by_field((ref.loc, found[ref.asset]) for ref in refs)
+        async with asyncio.TaskGroup() as group:  # what fails otherwise, such as a full disk, ends the rest
+            found = {
+                asset: group.create_task(fetch(asset)) for asset in dict.fromkeys(ref.asset for ref in refs)
+            }
+        return _by_field((ref.loc, found[ref.asset].result()) for ref in refs)
+
+    async def _hold(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> ExitStack:
+        """Off the loop, beside others. What a cancelled request would have held is given back."""
+        holding = self._loading.submit(pipeline.hold, request, fetched)
+        try:
+            return await asyncio.wrap_future(holding)
+        except asyncio.CancelledError:
+            holding.add_done_callback(_let_go)
+            raise
 
     async def _prepare(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> Generation:
         """Off the loop. What a cancelled request would have held is given back when it is ready."""
@@ -257,39 +295,62 @@ class Worker:
         def draw() -> dict[str, Any]:
             drawn = [pipeline.preview(sample) for sample in generation.samples]
             pictures, flags = self._checked(generation, drawn)
-            shown = [_inline(picture, images.encode(picture, "jpeg"), "jpeg") for picture in pictures]
-            output = pipeline.answer(request, shown, generation.seed, flags, {})
+            shown = tuple(_inline(each, images.encode(each, "jpeg"), "jpeg") for each in pictures)
+            output = pipeline.answer(request, Outcome(shown, generation.seed, flags, {}))
             return dict(output.model_dump(mode="json"))
 
         return Previewed(await self._off_loop(self._decoding, draw))
 
-    def _finish(
-        self, pipeline: AnyPipeline, generation: Generation
-    ) -> tuple[list[tuple[Picture, bytes]], list[bool]]:
-        """Decode, check and compress: pictures with their bytes, and their flags."""
+    def _finish(self, pipeline: AnyPipeline, generation: Generation) -> "_Finished":
+        """Decode, check and compress."""
         drawn = [pipeline.finish(sample) for sample in generation.samples]
         pictures, flags = self._checked(generation, drawn)
-        return [(each, images.encode(each, generation.format)) for each in pictures], flags
+        traces = {
+            field: _tar(self._checked_trace(generation, trace))
+            for field, trace in pipeline.traces(generation).items()
+        }
+        encoded = [(each, images.encode(each, generation.format)) for each in pictures]
+        return _Finished(encoded, flags, traces)
 
-    def _checked(self, generation: Generation, pictures: list[Picture]) -> tuple[list[Picture], list[bool]]:
+    def _checked(
+        self, generation: Generation, pictures: Sequence[Picture]
+    ) -> tuple[list[Picture], tuple[bool, ...]]:
         """The pictures, unsafe ones black, and which those are. No picture leaves another way."""
         if not generation.check_safety or self._safety is None:
-            return pictures, [False] * len(pictures)
-        flags = self._safety.flags(pictures)
+            return list(pictures), (False,) * len(pictures)
+        flags = self._safety.flags(list(pictures))
         shown = [
             images.blackened(picture) if flag else picture
             for picture, flag in zip(pictures, flags, strict=True)
         ]
-        return shown, flags
+        return shown, tuple(flags)
 
-    async def _store(self, job: Job, generation: Generation, encoded: tuple[Picture, bytes]) -> Image:
-        picture, data = encoded
+    def _checked_trace(
+        self, generation: Generation, trace: Iterable[tuple[str, Picture]]
+    ) -> Iterator[tuple[str, Picture]]:
+        """One at a time: there may be thousands."""
+        for name, picture in trace:
+            [shown], _ = self._checked(generation, [picture])
+            yield name, shown
+
+    async def _store(self, job: Job, generation: Generation, picture: Picture, data: bytes) -> PictureFile:
         if generation.inline:
             return _inline(picture, data, generation.format)
         kind = images.content_type(generation.format)
         key = await self._files.save(data, kind)
-        url = self._files.url(key, job.base_url)
-        return Image(url=url, width=picture.width, height=picture.height, content_type=kind)
+        return PictureFile(
+            url=self._files.url(key, job.base_url),
+            content_type=kind,
+            file_name=key,
+            file_size=len(data),
+            width=picture.width,
+            height=picture.height,
+        )
+
+    async def _store_trace(self, job: Job, field: str, tar: bytes) -> File:
+        kind = "application/x-tar"
+        url = self._files.url(await self._files.save(tar, kind), job.base_url)
+        return File(url=url, content_type=kind, file_name=f"{field}.tar", file_size=len(tar))
 
     @staticmethod
     async def _off_loop(pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> Any:
@@ -315,6 +376,12 @@ def _by_field(named: Iterable[tuple[Location, _Fetched]]) -> Assets:
     if faults:
         raise InputError(faults)
     return Assets(pictures, weights, configs)
+
+
+def _let_go(holding: "Future[ExitStack]") -> None:
+    """Close what nobody will use."""
+    if not holding.cancelled() and holding.exception() is None:
+        holding.result().close()
 
 
 def _give_back(preparing: "Future[Generation]") -> None:
@@ -398,10 +465,37 @@ class _Stopwatch:
         return {"inference": round(self._last - self._start, 4), **self._laps}
 
 
-def _inline(picture: Picture, data: bytes, format: images.Format) -> Image:
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What leaves the decoding thread."""
+
+    pictures: list[tuple[Picture, bytes]]  # with their bytes, compressed
+    flags: tuple[bool, ...]
+    traces: dict[str, bytes]  # tars
+
+
+def _tar(trace: Iterable[tuple[str, Picture]]) -> bytes:
+    """Named pictures as PNGs in a tar."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, picture in trace:
+            encoded = images.encode(picture, "png")
+            entry = tarfile.TarInfo(f"{name}.png")
+            entry.size = len(encoded)
+            tar.addfile(entry, io.BytesIO(encoded))
+    return data.getvalue()
+
+
+def _inline(picture: Picture, data: bytes, format: images.Format) -> PictureFile:
     kind = images.content_type(format)
-    url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    return Image(url=url, width=picture.width, height=picture.height, content_type=kind)
+    return PictureFile(
+        url=f"data:{kind};base64,{base64.b64encode(data).decode()}",
+        content_type=kind,
+        file_name=f"image.{format}",
+        file_size=len(data),
+        width=picture.width,
+        height=picture.height,
+    )
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

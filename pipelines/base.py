@@ -7,7 +7,7 @@ and nothing here knows of Ray, HTTP or a database.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from pipelines.engine.sample import Sample
 from pipelines.images import Format
 from schemas.errors import AssetError, Location
-from schemas.fields import EndpointInput, Image
+from schemas.fields import EndpointInput, File, Image, PictureFile
 from schemas.settings import ModelSettings
 
 InputT = TypeVar("InputT", bound=EndpointInput)
@@ -45,13 +45,22 @@ class Model(ABC):
         The samples share a key. Answers have the shape of the sample's latents, in float32.
         """
 
+    def on_device(self, path: Path) -> bool:
+        """Whether weights that `Assets.weights` named are loaded, ready for a request."""
+        return False
+
+    def in_ram(self, path: Path) -> bool:
+        """Whether they are kept in RAM, already read."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Assets:
     """The files that a request names, fetched, by the fields that name them: ("body", "loras", 0, "path")."""
 
     images: Mapping[Location, Picture] = field(default_factory=dict)  # RGB, upright
-    weights: Mapping[Location, Path] = field(default_factory=dict)  # safetensors, named by their content
+    # safetensors, and folders with them; the names stand for the content
+    weights: Mapping[Location, Path] = field(default_factory=dict)
     configs: Mapping[Location, bytes] = field(default_factory=dict)  # said to be JSON
 
 
@@ -77,6 +86,22 @@ class Generation:
     resources: ExitStack = field(default_factory=ExitStack)  # what it holds; closed after the last use
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a generation, stored: what an endpoint's Output is made of."""
+
+    pictures: tuple[PictureFile, ...]
+    seed: int
+    flags: tuple[bool, ...]  # marks pictures found unsafe
+    timings: Mapping[str, float]  # seconds
+    traces: Mapping[str, File] = field(default_factory=dict)  # tars of what `Pipeline.traces` names
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures in the short form."""
+        return [Image.of(each) for each in self.pictures]
+
+
 class Pipeline(ABC, Generic[InputT, ModelT]):
     """One endpoint on its family's model. Holds no state of any request."""
 
@@ -84,6 +109,14 @@ class Pipeline(ABC, Generic[InputT, ModelT]):
 
     def __init__(self, model: ModelT) -> None:
         self.model = model
+
+    def hold(self, request: InputT, assets: Assets) -> ExitStack:
+        """Make resident what the request needs beside the model and is slow to load, until it is closed.
+
+        Called before `prepare`, which finds it there, and on one of several threads: it may wait for
+        room, while other requests are prepared. Raises InputError.
+        """
+        return ExitStack()
 
     @abstractmethod
     def prepare(self, request: InputT, assets: Assets, seed: int) -> Generation:
@@ -102,16 +135,13 @@ class Pipeline(ABC, Generic[InputT, ModelT]):
     def preview(self, sample: Sample) -> Picture:
         """A small and quick picture of a sample under way, after at least one step."""
 
+    def traces(self, generation: Generation) -> Mapping[str, Iterable[tuple[str, Picture]]]:
+        """Pictures of the way of a finished generation, with file names, by the field of the answer."""
+        return {}
+
     @abstractmethod
-    def answer(
-        self,
-        request: InputT,
-        images: list[Image],
-        seed: int,
-        flags: list[bool],
-        timings: dict[str, float],
-    ) -> BaseModel:
-        """The endpoint's Output. `flags` marks pictures found unsafe, `timings` are seconds."""
+    def answer(self, request: InputT, outcome: Outcome) -> BaseModel:
+        """The endpoint's Output."""
 
 
 AnyPipeline = Pipeline[Any, Any]

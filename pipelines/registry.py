@@ -42,6 +42,7 @@ _TABLE = (
         "sd",
         "fast_sdxl_controlnet_canny_image_to_image",
     ),
+    Endpoint("fal-ai/lora/image-to-image", "sd", "lora_image_to_image"),
 )
 
 ENDPOINTS: Mapping[str, Endpoint] = {endpoint.id: endpoint for endpoint in _TABLE}

@@ -1,6 +1,7 @@
 """The files that a request names: which fields hold them, and what they are once fetched."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, get_args
@@ -12,18 +13,43 @@ from schemas.errors import Location
 
 
 class AssetKind(Enum):
-    """Put into a field's annotation: `Annotated[str, AssetKind.IMAGE]`."""
+    """What a file is for."""
 
     IMAGE = "image"
+    CONFIG = "config"  # JSON
     LORA = "lora"
     CONTROLNET = "controlnet"
     EASYCONTROL = "easycontrol"
-    CONFIG = "config"  # JSON
+    BASE = "base"  # a model that requests name: a file or a folder
+    UNET = "unet"  # in place of the base's: a file or a folder
+    EMBEDDING = "embedding"
+    IP_ADAPTER = "ip_adapter"
+    IMAGE_ENCODER = "image_encoder"  # a file, or a folder that has its config
+    IC_LIGHT = "ic_light"
+    FACE_ANALYSIS = "face_analysis"  # a folder of the operator's; never fetched
 
     @property
     def is_weights(self) -> bool:
-        """Whether it is a file for the model, worth fetching ahead and keeping on disk."""
-        return self in (AssetKind.LORA, AssetKind.CONTROLNET, AssetKind.EASYCONTROL)
+        """Whether it is something for the model, worth fetching ahead and keeping on disk."""
+        return self not in (AssetKind.IMAGE, AssetKind.CONFIG, AssetKind.FACE_ANALYSIS)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Put into a field's annotation: its text names a file. `Annotated[str, Names(AssetKind.IMAGE)]`
+
+    The others are the fields beside it that say which of a Hub repository's files it is.
+    """
+
+    kind: AssetKind
+    variant: str | None = None
+    folder: str | None = None
+    file: str | None = None
+
+    def asset(self, source: str, beside: BaseModel) -> "Asset":
+        """The file that `source` names in the object `beside`."""
+        more = (getattr(beside, name) if name else None for name in (self.variant, self.folder, self.file))
+        return Asset(self.kind, source, *more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +59,14 @@ class Asset:
     kind: AssetKind
     source: str  # a URL, a data URI, a Hub id, a name
     variant: str | None = None  # which of a Hub repository's files, where it has several
+    folder: str | None = None  # where in the repository
+    file: str | None = None  # the file's name there
+
+    @property
+    def digest(self) -> str:
+        """A short name for it between processes."""
+        words = [self.kind.value, self.source, self.variant, self.folder, self.file]
+        return hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +78,9 @@ class AssetRef:
 
 
 def assets(value: BaseModel, loc: Location = ("body",)) -> Iterator[AssetRef]:
-    """Every file that a request names, in the order of its fields.
-
-    The field `variant` of an object says which file of a repository its weights are.
-    """
+    """Every file that a request names, in the order of its fields."""
     for name, info in type(value).model_fields.items():
-        kind = _kind(info)
-        variant = getattr(value, "variant", None) if kind is AssetKind.CONTROLNET else None
-        yield from _inside(getattr(value, name), (*loc, name), kind, variant)
+        yield from _inside(getattr(value, name), (*loc, name), _mark(info), value)
 
 
 def weights(request: BaseModel) -> list[Asset]:
@@ -62,17 +91,18 @@ def weights(request: BaseModel) -> list[Asset]:
 def takes_weights(kind: type[BaseModel]) -> bool:
     """Whether requests of this type have a field for a weights file."""
     for info in kind.model_fields.values():
-        mark = _kind(info)
-        if mark is not None and mark.is_weights:
+        mark = _mark(info)
+        if mark is not None and mark.kind.is_weights:
             return True
         if any(takes_weights(part) for part in _objects(info.annotation)):
             return True
     return False
 
 
-def needs_image(kind: type[BaseModel]) -> bool:
-    """Whether requests of this type must name a picture."""
-    return any(info.is_required() and _kind(info) is AssetKind.IMAGE for info in kind.model_fields.values())
+def takes_image(kind: type[BaseModel]) -> bool:
+    """Whether requests of this type have a field of their own for a picture."""
+    marks = [_mark(info) for info in kind.model_fields.values()]
+    return any(mark is not None and mark.kind is AssetKind.IMAGE for mark in marks)
 
 
 def _objects(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -83,19 +113,17 @@ def _objects(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _objects(part)
 
 
-def _kind(info: FieldInfo) -> AssetKind | None:
+def _mark(info: FieldInfo) -> Names | None:
     """The mark of a field, which pydantic leaves inside of an optional one: `ImageUrl | None`."""
     options = [info.metadata, *(getattr(each, "__metadata__", ()) for each in get_args(info.annotation))]
-    return next((mark for marks in options for mark in marks if isinstance(mark, AssetKind)), None)
+    return next((mark for marks in options for mark in marks if isinstance(mark, Names)), None)
 
 
-def _inside(value: Any, loc: Location, kind: AssetKind | None, variant: str | None) -> Iterator[AssetRef]:
+def _inside(value: Any, loc: Location, mark: Names | None, beside: BaseModel) -> Iterator[AssetRef]:
     if isinstance(value, BaseModel):
         yield from assets(value, loc)
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
-            yield from _inside(each, (*loc, index), kind, variant)
-    elif isinstance(value, Mapping):
-        return
-    elif kind is not None and isinstance(value, str):
-        yield AssetRef(loc, Asset(kind, value, variant))
+            yield from _inside(each, (*loc, index), mark, beside)
+    elif mark is not None and isinstance(value, str):
+        yield AssetRef(loc, mark.asset(value, beside))

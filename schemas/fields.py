@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from schemas.assets import AssetKind
+from schemas.assets import AssetKind, Names
 from schemas.errors import FieldError, InputError
 from schemas.settings import Limits
 
 Prompt = Annotated[str, Field(max_length=32_768)]
 ImageUrl = Annotated[
     str,
-    AssetKind.IMAGE,
+    Names(AssetKind.IMAGE),
     Field(min_length=1, description="An http or https URL, a data URI, or a file of this server."),
 ]
 _SOURCE = Field(
@@ -21,15 +21,17 @@ _SOURCE = Field(
     max_length=4096,
     description="A URL, a Hugging Face repository with or without a file, or a name of this server.",
 )
-LoraPath = Annotated[str, AssetKind.LORA, _SOURCE]
-ControlNetPath = Annotated[str, AssetKind.CONTROLNET, _SOURCE]
+LoraPath = Annotated[str, Names(AssetKind.LORA), _SOURCE]
+ControlNetPath = Annotated[str, Names(AssetKind.CONTROLNET, variant="variant"), _SOURCE]
 EasyControlPath = Annotated[
     str,
-    AssetKind.EASYCONTROL,
+    Names(AssetKind.EASYCONTROL),
     Field(min_length=1, max_length=4096, description="A URL, or the name of a built-in method."),
 ]
 ConfigUrl = Annotated[
-    str, AssetKind.CONFIG, Field(min_length=1, max_length=4096, description="The URL of a config.json.")
+    str,
+    Names(AssetKind.CONFIG),
+    Field(min_length=1, max_length=4096, description="The URL of a config.json."),
 ]
 # The file of a Hugging Face repository that ends in `.VARIANT.safetensors`.
 Variant = Annotated[str, Field(pattern=r"^[\w-]{1,32}$", description="Of a Hugging Face repository: fp16 …")]
@@ -132,10 +134,35 @@ class LoraWeight(InputPart):
     scale: float = Field(1, ge=0, le=4)
 
 
+class File(BaseModel):
+    """A file in an answer."""
+
+    url: str = Field(description="Where the file is, or the file itself as a data URI.")
+    content_type: str
+    file_name: str
+    file_size: int = Field(description="Bytes.")
+
+
+class PictureFile(File):
+    """A picture in an answer, with all that is known of its file."""
+
+    width: int
+    height: int
+
+
 class Image(BaseModel):
-    """A picture in an answer."""
+    """A picture in an answer, in the short form."""
 
     url: str = Field(description="Where the picture is, or the picture itself as a data URI.")
     width: int
     height: int
     content_type: str = "image/jpeg"
+
+    @classmethod
+    def of(cls, picture: PictureFile) -> Self:
+        return cls(
+            url=picture.url,
+            width=picture.width,
+            height=picture.height,
+            content_type=picture.content_type,
+        )

@@ -149,6 +149,30 @@ class WeightSettings(Settings):
     )
 
 
+class BaseSettings(Settings):
+    """The base models, and UNets in their place, that requests may name, for endpoints that let them.
+
+    Names of your own, and the model of the start, always may be named. `allow` is compared with the very
+    text that the request gives. A file that a caller has uploaded to this server counts as of no site: it
+    is taken only where `allow` has a plain "*".
+    """
+
+    names: dict[str, Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="names of your own: name → zoo:NAME, a local folder or file, a URL or a Hub id; "
+        "what is local is used where it lies",
+    )
+    allow: tuple[str, ...] = Field(
+        ("*",),
+        description="which other Hub ids and URLs may be named, * standing for anything: "
+        "stabilityai/*, https://models.example/*; none: names only",
+    )
+    max_bytes: int = Field(30 * 2**30, gt=0, description="a whole model as it is downloaded")
+    memory_bytes: int = Field(
+        24 * 2**30, gt=0, description="memory of the device for base models, the one at the start included"
+    )
+
+
 class ModelSettings(Settings):
     """The `args` of a model application: one resident base model and the endpoints it serves."""
 
@@ -164,8 +188,11 @@ class ModelSettings(Settings):
         16_384, gt=0, description="image tokens that one forward may hold; 1024 × 1024 has 4096"
     )
     lora_rank: int = Field(128, ge=0, description="total rank of the LoRAs resident beside the model")
-    controlnet_bytes: int = Field(
-        12 * 2**30, ge=0, description="memory of the device for the ControlNets beside the model"
+    adapter_bytes: int = Field(
+        12 * 2**30,
+        ge=0,
+        description="memory of the device for what requests put beside the model: ControlNets, "
+        "IP-Adapters, image encoders, UNets that light anew",
     )
     redux: str | None = Field(
         None, description="FLUX.1 Redux, the same kinds of source; null: fill_image is refused"
@@ -182,6 +209,11 @@ class ModelSettings(Settings):
     )
     expander: str | None = Field(
         None, description="a small causal language model for expand_prompt; null: prompts stay as they are"
+    )
+    bases: BaseSettings = BaseSettings()
+    faces: dict[str, str] = Field(
+        default_factory=dict,
+        description="insightface's model packs for adapters of faces: name → local folder",
     )
     noise_bytes: int = Field(2**28, ge=0, description="RAM for the structured noise of inversions")
     lora_ram_bytes: int = Field(4 * 2**30, ge=0, description="LoRA files kept in RAM")

@@ -113,14 +113,16 @@ class Fetcher:
         *,
         etag: str | None = None,
         internal_http: bool = False,
+        takes_own: bool = True,
     ) -> Downloaded | None:
         """Write what `url` leads to into `sink`: at most `limit` bytes, within `timeout_s`.
 
         Returns None, with nothing written, when the server says that what had `etag` is unchanged.
         `internal_http` keeps plain http to the networks that the settings allow. A file of this server
-        is copied, whatever the host is called: 128 random bits name no other file by chance.
+        is copied, whatever the host is called: 128 random bits name no other file by chance. Without
+        `takes_own` the host is asked all the same, for one who trusts hosts by their names.
         """
-        own = await self._own(url)
+        own = await self._own(url) if takes_own else None
         if own is not None:
             return None if etag == own else await self.copy(own, sink, limit, report)
         headers = {"If-None-Match": etag} if etag else {}

@@ -1,6 +1,6 @@
 """Where files are kept: one object store, by keys that nobody can guess.
 
-    KEY            a file: RANDOM.png for a picture made here, RANDOM_cat.png for what a client sent
+    KEY            a file: RANDOM.png for a file made here, RANDOM_cat.png for what a client sent
     details/KEY    what is known of a file that a client sent
 
 No other name has the form of a key, and only keys can be opened; see `uploads` for the rest.
@@ -47,7 +47,12 @@ class Details(BaseModel):
     expires_at: float | None = None  # unix seconds
 
 
-_EXTENSIONS = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp"}
+_EXTENSIONS = {
+    "image/jpeg": "jpg",
+    "image/png": "png",
+    "image/webp": "webp",
+    "application/x-tar": "tar",
+}
 _TYPES = {extension: kind for kind, extension in _EXTENSIONS.items()}
 _MADE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.({'|'.join(_TYPES)})")
 _SENT = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}_([A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}})")
@@ -62,7 +67,7 @@ class FileStore:
         self.clock = clock
 
     async def save(self, data: bytes, content_type: str) -> str:
-        """Keep a picture; returns its key. The file is whole before the key exists."""
+        """Keep a picture or a tar of them; returns its key. The file is whole before the key exists."""
         key = f"{secrets.token_hex(KEY_BYTES)}.{_EXTENSIONS[content_type]}"
         await obstore.put_async(self.objects, key, data)
         return key
@@ -84,6 +89,11 @@ class FileStore:
         found = await obstore.get_async(self.objects, key, options={"range": (start, end)})
         async for chunk in _chunks(found):
             yield chunk
+
+    async def content(self, key: str) -> bytes | None:
+        """All of a file that is small enough for it, or None."""
+        found = await self.open(key)
+        return None if found is None else b"".join([chunk async for chunk in found.chunks])
 
     async def has(self, key: str) -> bool:
         """Whether `open` would find the file."""

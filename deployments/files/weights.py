@@ -1,322 +1,119 @@
-"""Adapter weights that requests name: where they come from, and the folder that keeps them.
-
-A file is stored under the hash of its content, so a name in the folder always means the same bytes.
-Beside the files lie records: what a source led to, and when it was last asked. Processes of one
-machine may share the folder. They see each other by file locks: a shared lock pins a file while it
-is used, an exclusive one marks a download under way.
-"""
+"""The weights that requests name, from any source, as local files and folders."""
 
 import asyncio
-import fcntl
-import hashlib
-import os
-import secrets
-import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, BinaryIO
 
-from pydantic import BaseModel, Field, ValidationError
-
+from deployments.files.cache import Cache, Lease
+from deployments.files.choices import choose, unavailable
 from deployments.files.fetch import Fetcher
-from deployments.files.fetch import Report as Progress
-from deployments.files.origins import Origin, Origins, unavailable
+from deployments.files.flights import Report
+from deployments.files.hub import Hub, Sizes, told_of
+from deployments.files.origins import WEIGHTS, Origin, Origins, Repository
 from schemas.assets import Asset
-from schemas.settings import FetchSettings, WeightSettings, local_path
+from schemas.errors import AssetError
+from schemas.settings import ModelSettings
 
 FRESH_S = 600.0  # after so long a source is asked whether its content changed
-REPORT_S = 1.0  # the shortest time between two lines about one download
-MAX_HEADER_BYTES = 10_000_000
-MAX_RECORDS = 10_000
+PARALLEL = 4  # files of one repository that are fetched at once
+MAX_FILES = 100  # of one repository
+MAX_TEXT_BYTES = 32 * 2**20  # of a repository's configs and vocabularies together
 
-Report = Callable[[str], None]
-
-
-class Lease:
-    """A weights file that stays in place until `release`, or to the end of a `with`, which gives its path."""
-
-    def __init__(self, path: Path, pinned: BinaryIO, released: Callable[[], None]) -> None:
-        self.path = path
-        self._pinned = pinned
-        self._released = released
-
-    def release(self) -> None:
-        """Let the file be evicted. Calling it again does nothing."""
-        if not self._pinned.closed:
-            self._pinned.close()
-            self._released()
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+Source = Callable[[str], Path | str]  # what an operator's word for a model leads to: a path, or another word
 
 
 class Weights:
     """Finds weights by what requests call them, and keeps them on disk."""
 
     def __init__(
-        self, fetcher: Fetcher, settings: WeightSettings, fetch: FetchSettings, fresh_s: float = FRESH_S
+        self, fetcher: Fetcher, settings: ModelSettings, source: Source, fresh_s: float = FRESH_S
     ) -> None:
-        folder = local_path(settings.cache, "file")
-        if folder is None:
-            raise ValueError(f"weights.cache must begin with file://, got {settings.cache!r}")
-        self._folder = folder
-        self._settings = settings
-        self._fresh_s = fresh_s
-        self._origins = Origins(fetcher, settings, fetch.weights_timeout_s)
-        self._limit = min(fetch.max_weights_bytes, settings.cache_bytes)
-        self._flights: dict[str, _Flight] = {}
-        self._is_crowded = False
-        folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        self._shrink()
+        """Raises ValueError for a name in the settings that leads nowhere."""
+        self._hub = Hub(fetcher, settings.weights.hub_url, settings.fetch.weights_timeout_s, fresh_s)
+        self._origins = Origins(fetcher, self._hub, settings, source)
+        self._cache = Cache(settings.weights, fresh_s)
 
     async def locate(self, asset: Asset, base_url: str, report: Report) -> Lease:
-        """The file that `asset` names, downloaded if need be; `report` gets lines for people.
+        """The file or folder that `asset` names, downloaded if need be; `report` gets lines for people.
 
         Its source is one of the server's own names, an https URL (http inside the allowed networks),
-        a file URL of the server at `base_url`, or a Hub id. Raises AssetError.
+        a file URL of the server at `base_url`, or a Hub id. A model of several files is a folder, an
+        image encoder one with its config. The name of what was downloaded stands for its content, and
+        its path stays the same. An operator's model is where it lies; the one that the server has
+        started with is told by the settings' word for it, `Path("zoo:sd15")`. Raises AssetError.
         """
-        origin = self._origins.of(asset, base_url)
-        while True:  # another process may evict a file before it is pinned here
-            lease = self._fresh(origin) or self._lease(await self._join(origin, report))
-            if lease:
-                return lease
+        match self._origins.of(asset, base_url):
+            case Origin() as origin:
+                return await self._cache.locate(origin, report)
+            case Repository() as repository:
+                return await self._locate_in(repository, report)
+            case Path() as path:
+                return Lease(path, lambda: None)
 
     def check_integrity(self) -> list[str]:
-        """Remove files whose content is not what their name says; returns their names. Reads them all."""
-        damaged = [path for path in self._folder.glob("*.safetensors") if not _is_whole(path)]
-        for path in damaged:
-            path.unlink(missing_ok=True)
-        return [path.name for path in damaged]
+        """See Cache.check_integrity."""
+        return self._cache.check_integrity()
 
-    def _fresh(self, origin: Origin) -> Lease | None:
-        """The file that the origin led to a short while ago."""
-        record = self._recall(origin)
-        written = _status(self._record_path(origin))
-        if record is None or written is None or not 0 <= time.time() - written.st_mtime < self._fresh_s:
-            return None
-        return self._lease(record.digest)
+    async def _locate_in(self, repository: Repository, report: Report) -> Lease:
+        """What is meant of a Hub repository."""
+        sizes = await self._hub.listing(repository.name)
+        with told_of(repository.name):
+            choice = choose(repository.name, sizes, repository.asset)
+            if not isinstance(choice, str):
+                _check_sizes(sizes, choice.values(), repository.limit)
+        if isinstance(choice, str):
+            return await self._cache.locate(self._origins.file_in(repository, choice), report)
+        return await self._gather(repository, choice, report)
 
-    async def _join(self, origin: Origin, report: Report) -> str:
-        """Wait for the one download of an origin, beginning it if there is none; returns the digest."""
-        flight = self._flights.get(origin.key)
-        if flight is None:
-            flight = self._flights[origin.key] = _Flight(partial(self._refresh, origin))
-        try:
-            return await flight.join(report)
-        finally:
-            if flight.is_left and self._flights.get(origin.key) is flight:
-                del self._flights[origin.key]
+    async def _gather(self, repository: Repository, files: Mapping[str, str], report: Report) -> Lease:
+        """A folder of a repository's files, `files` by the names that they get in it."""
+        found: dict[str, Lease] = {}
+        gate = asyncio.Semaphore(PARALLEL)
 
-    async def _refresh(self, origin: Origin, report: Report) -> str:
-        """Ask the origin for its content, unless it says that it is still what we have."""
-        record = self._recall(origin)
-        kept = self._lease(record.digest) if record else None
-        try:
-            tag = record.etag if record and kept else None
-            with self._partial() as file:
-                done = await origin.write(file, self._limit, _progress(origin.name, report), tag)
-                if done is not None:
-                    await asyncio.to_thread(_settle, file)
-                    self._publish(file, done.sha256)
-                    record = _Record(digest=done.sha256, etag=done.etag)
-        finally:
-            if kept:
-                kept.release()
-        assert record is not None, "only what we have can be unchanged"
-        self._record_path(origin).write_text(record.model_dump_json())
-        return record.digest
+        async def fetch(name: str, origin: Origin) -> None:
+            async with gate:
+                lease = await self._cache.locate(origin, report if origin.suffix == WEIGHTS else _say_nothing)
+            held.callback(lease.release)
+            found[name] = lease
 
-    @contextmanager
-    def _partial(self) -> Iterator[BinaryIO]:
-        """A file for a download, gone afterwards unless it was published."""
-        while True:
-            file = (self._folder / f"{secrets.token_hex(16)}.part").open("x+b")
-            if _lock(file, fcntl.LOCK_EX):
-                break
-            file.close()  # swept by another process between its creation and the lock
-        with file:
+        with ExitStack() as held:
             try:
-                yield file
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+                async with asyncio.TaskGroup() as group:
+                    for name, origin in self._origins_of(repository, files):
+                        group.create_task(fetch(name, origin))
+            except ExceptionGroup as failed:  # the first will do; it has ended the others
+                raise failed.exceptions[0] from None
+            came = (lease.path.stat().st_size for lease in found.values())  # the Hub need not say before
+            _check_sum(came, repository.limit, "files together")
+            held.pop_all()
+            return self._cache.gather(found)
 
-    def _publish(self, file: BinaryIO, digest: str) -> None:
-        """Give a whole and checked download its name. It is pinned until `file` is closed."""
-        known = self._lease(digest)
-        if known:
-            known.release()
-        else:
-            _touch(file)
-            fcntl.flock(file, fcntl.LOCK_SH)
-            os.replace(file.name, self._path(digest))
-        self._shrink()
-
-    def _lease(self, digest: str) -> Lease | None:
-        """Pin a file, if it is here."""
-        try:
-            file = self._path(digest).open("rb")
-        except FileNotFoundError:
-            return None
-        if not _lock(file, fcntl.LOCK_SH):
-            file.close()
-            return None
-        _touch(file)
-        return Lease(self._path(digest), file, self._relieve)
-
-    def _relieve(self) -> None:
-        if self._is_crowded:
-            self._shrink()
-
-    def _shrink(self) -> None:
-        """Evict what was unused for longest until the rest fits, pinned files aside."""
-        found = [(path, status) for path in self._folder.iterdir() if (status := _status(path))]
-        found.sort(key=lambda each: each[1].st_mtime_ns)
-        used = sum(status.st_size for path, status in found if path.suffix != ".json")
-        for path, status in found:
-            if used > self._settings.cache_bytes and path.suffix == ".safetensors" and _evict(path):
-                used -= status.st_size
-        self._is_crowded = used > self._settings.cache_bytes
-        records = [path for path, _ in found if path.suffix == ".json"]
-        for path in records[: max(0, len(records) - MAX_RECORDS)]:
-            path.unlink(missing_ok=True)
-
-    def _sweep(self) -> None:
-        """Remove what downloads of dead processes left."""
-        for path in self._folder.glob("*.part"):
-            _evict(path)
-
-    def _recall(self, origin: Origin) -> "_Record | None":
-        try:
-            return _Record.model_validate_json(self._record_path(origin).read_bytes())
-        except (FileNotFoundError, ValidationError):  # cut short by a crash: as if never written
-            return None
-
-    def _record_path(self, origin: Origin) -> Path:
-        key = origin.key.encode("utf-8", "surrogatepass")  # hashed: a URL may carry a signature
-        return self._folder / f"{hashlib.sha256(key).hexdigest()}.json"
-
-    def _path(self, digest: str) -> Path:
-        return self._folder / f"{digest}.safetensors"
+    def _origins_of(self, repository: Repository, files: Mapping[str, str]) -> Iterator[tuple[str, Origin]]:
+        """Where each file comes from; the large ones are counted for people."""
+        large = [file for file in files.values() if file.endswith(WEIGHTS)]
+        for name, file in files.items():
+            part = file
+            if file in large:
+                part = f"{Path(file).parent.name or file} ({large.index(file) + 1} of {len(large)})"
+            yield name, self._origins.file_in(repository, file, part)
 
 
-class _Record(BaseModel):
-    """What an origin led to. It was last asked when the record was written."""
-
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    etag: str | None
+def _say_nothing(line: str) -> None:
+    pass
 
 
-class _Flight:
-    """One download that several callers wait for. It ends early when the last of them leaves."""
-
-    def __init__(self, work: Callable[[Report], Coroutine[Any, Any, str]]) -> None:
-        self._reports: list[Report] = []
-        self._task = asyncio.create_task(work(self._tell))
-
-    @property
-    def is_left(self) -> bool:
-        return not self._reports
-
-    async def join(self, report: Report) -> str:
-        self._reports.append(report)
-        try:
-            return await asyncio.shield(self._task)
-        finally:
-            self._reports.remove(report)
-            if self.is_left:
-                self._task.cancel()
-
-    def _tell(self, line: str) -> None:
-        for report in self._reports:
-            report(line)
+def _check_sizes(sizes: Sizes, files: Iterable[str], limit: int) -> None:
+    """Refuse a repository by what the Hub says of the files that are wanted."""
+    wanted = {file: sizes[file] or 0 for file in files}
+    if len(wanted) > MAX_FILES:
+        raise unavailable(f"The model has {len(wanted)} files; at most {MAX_FILES} are loaded.")
+    _check_sum(wanted.values(), limit, "files together")
+    texts = (size for file, size in wanted.items() if not file.endswith(WEIGHTS))
+    _check_sum(texts, MAX_TEXT_BYTES, "configs and vocabularies together")
 
 
-_FOREIGN_KINDS = (
-    (b"PK\x03\x04", "a zip archive, as PyTorch's .bin, .pt and .ckpt files are"),
-    (b"\x80", "a Python pickle"),
-    (b"<", "a web page, not the file that it shows"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for"),
-    (b"GGUF", "a GGUF file"),
-)
-
-
-def _settle(file: BinaryIO) -> None:
-    """Refuse what does not begin as safetensors do; bring the rest to the disk. Looks no deeper."""
-    file.flush()
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        header = file.read(length)
-        if header.startswith(b"{") and header.rstrip(b" ").endswith(b"}"):
-            os.fsync(file.fileno())
-            return
-    file.seek(0)
-    start = file.read(64).lstrip()
-    kind = next((kind for magic, kind in _FOREIGN_KINDS if start.startswith(magic)), "something else")
-    raise unavailable(f"Weights must be a safetensors file; this is {kind}.")
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == path.stem
-    except FileNotFoundError:  # evicted meanwhile
-        return True
-
-
-def _lock(file: BinaryIO, kind: int) -> bool:
-    """Lock an open file without waiting. False: another holds it, or it has been removed."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return os.fstat(file.fileno()).st_nlink > 0
-
-
-def _touch(file: BinaryIO) -> None:
-    """Note the time of the last use, finer than the kernel's own clock of files."""
-    now = time.time_ns()
-    os.utime(file.fileno(), ns=(now, now))
-
-
-def _evict(path: Path) -> bool:
-    """Remove a file that nobody, in any process, holds a lock on."""
-    try:
-        with path.open("rb") as file:
-            if not _lock(file, fcntl.LOCK_EX):
-                return False
-            path.unlink()
-    except FileNotFoundError:
-        pass
-    return True
-
-
-def _status(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except FileNotFoundError:  # another process was faster
-        return None
-
-
-def _progress(name: str, report: Report) -> Progress:
-    """Turns counts into lines, one a second at most."""
-    told_at = float("-inf")
-
-    def progress(done: int, total: int | None) -> None:
-        nonlocal told_at
-        if time.monotonic() - told_at >= REPORT_S:
-            told_at = time.monotonic()
-            of_total = f" of {total / 1e6:.0f}" if total else ""
-            report(f"downloading {name}: {done / 1e6:.0f}{of_total} MB")
-
-    return progress
+def _check_sum(sizes: Iterable[int], most: int, what: str) -> None:
+    if (found := sum(sizes)) > most:
+        message = f"The model's {what} have {found} bytes; this server takes {most}."
+        raise AssetError(message, "file_too_large", {"max_size": most})

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from pipelines.registry import Endpoint
-from schemas.assets import needs_image
+from schemas.assets import takes_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Description:
 
 @cache
 def describe(endpoint: Endpoint) -> Description:
-    """By its id, the first line of its schema's docstring, and what its Input requires."""
+    """By its id, the first line of its schema's docstring, and the fields of its Input."""
     schema = endpoint.schema()
     line = (schema.__doc__ or "").strip().partition("\n")[0]
     sentence = line.removeprefix(f"`{endpoint.id}`:").strip()
@@ -30,7 +30,7 @@ def describe(endpoint: Endpoint) -> Description:
     return Description(
         endpoint.id,
         endpoint.stem.replace("_", " ").title(),
-        "image-to-image" if needs_image(endpoint.input_type()) else "text-to-image",
+        "image-to-image" if takes_image(endpoint.input_type()) else "text-to-image",
         sentence[:1].upper() + sentence[1:],
         datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds"),
     )

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deployments.files.fetch import own_key
 from deployments.gateway import answers, body, wishes
 from deployments.gateway.abandoned import while_connected
 from deployments.gateway.gateway import Accepted, Caller, Gateway
@@ -124,11 +125,8 @@ class _Images:
             return {"url": url}
         if url.startswith("data:"):
             return {"b64_json": url.partition(",")[2]}
-        found = await self._gateway.files.open(url.removeprefix(self._gateway.files.url("", base_url)))
-        if found is None:
-            return {"url": url}
-        data = b"".join([chunk async for chunk in found.chunks])
-        return {"b64_json": base64.b64encode(data).decode()}
+        data = await self._gateway.files.content(own_key(url, base_url) or "")
+        return {"url": url} if data is None else {"b64_json": base64.b64encode(data).decode()}
 
 
 def _required(endpoint_id: str) -> set[str]:

@@ -13,6 +13,7 @@ import msgpack
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from deployments.files.fetch import own_key
 from deployments.gateway import body, tokens, wishes
 from deployments.gateway.abandoned import abandon
 from deployments.gateway.gateway import Caller, Gateway
@@ -99,25 +100,24 @@ class _Realtime:
         except asyncio.CancelledError:
             abandon(self._gateway, job)
             raise
-        output = await self._with_content(result.output(), self._gateway.files.url("", job.base_url))
+        output = await self._with_content(result.output(), job.base_url)
         return {**output, "request_id": own_id if isinstance(own_id, str) else job.request_id}
 
-    async def _with_content(self, value: Any, below: str) -> Any:
-        """An answer whose files, which have URLs that begin with `below`, are in it."""
+    async def _with_content(self, value: Any, base_url: str) -> Any:
+        """An answer with its files in it."""
         if isinstance(value, list):
-            return [await self._with_content(each, below) for each in value]
+            return [await self._with_content(each, base_url) for each in value]
         if not isinstance(value, dict):
             return value
         url = value.get("url")
-        if isinstance(url, str) and (content := await self._content(url, below)) is not None:
+        if isinstance(url, str) and (content := await self._content(url, base_url)) is not None:
             return {name: each for name, each in value.items() if name != "url"} | {"content": content}
-        return {name: await self._with_content(each, below) for name, each in value.items()}
+        return {name: await self._with_content(each, base_url) for name, each in value.items()}
 
-    async def _content(self, url: str, below: str) -> bytes | None:
+    async def _content(self, url: str, base_url: str) -> bytes | None:
         if url.startswith("data:"):
             return base64.b64decode(url.partition(",")[2])
-        found = await self._gateway.files.open(url.removeprefix(below)) if url.startswith(below) else None
-        return b"".join([chunk async for chunk in found.chunks]) if found is not None else None
+        return await self._gateway.files.content(own_key(url, base_url) or "")
 
 
 async def _read(socket: WebSocket, inbox: Inbox) -> None:

@@ -182,6 +182,10 @@ class LoraBank:
         finally:
             self.active = None
 
+    def __contains__(self, name: str) -> bool:
+        """Whether an adapter is here."""
+        return name in self._residents
+
     def check_integrity(self) -> None:
         """Raise AssertionError when places overlap or pins are off."""
         places = sorted((r.start, r.stop) for r in self._residents.values())

@@ -44,5 +44,11 @@ class Cache(Generic[V]):
                 self._values.popitem(last=False)
 
     @property
+    def names(self) -> list[str]:
+        """What is kept."""
+        with self._lock:
+            return list(self._values)
+
+    @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self._values.values())

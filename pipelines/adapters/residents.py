@@ -1,5 +1,6 @@
 """Large things beside the model, such as ControlNets: loaded once, kept while there is room."""
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class Wanted(Generic[V]):
-    """Something to be resident: its size, and how it is loaded."""
+    """Something to be resident: how large it will be, in bytes, and how it is loaded.
 
-    nbytes: int
+    Both are called only if it is not resident yet.
+    """
+
+    measure: Callable[[], int]
     load: Callable[[], V]
 
 
@@ -42,21 +46,16 @@ class Residents(Generic[V]):
 
     @contextmanager
     def holding(self, wanted: Mapping[str, Wanted[V]]) -> Iterator[Mapping[str, V]]:
-        """The values, loaded where need be, resident for as long as the block lasts.
+        """The values, loaded where need be in their order, resident for as long as the block lasts.
 
-        Waits while others hold the room. Raises AssetError when they would not fit into an empty place,
-        and whatever a loader raises.
+        Waits while others hold the room, or load; not if all of them are resident already. Raises
+        AssetError when they would not fit into an empty place, and whatever a loader raises.
         """
-        needed = sum(each.nbytes for each in wanted.values())
-        if needed > self._capacity:
-            message = f"The files have {needed} bytes together; this server holds {self._capacity} at once."
-            raise AssetError(message, "file_too_large", {"max_size": self._capacity})
         held: list[str] = []
         try:
-            with self._taking:
-                for name, each in wanted.items():
-                    self._take(name, each, needed_for=wanted)
-                    held.append(name)
+            if not self._find(wanted, held):
+                with self._taking:
+                    self._take_all(wanted, held)
             yield {name: self._residents[name].value for name in wanted}
         finally:
             self._give_back(held)
@@ -67,6 +66,12 @@ class Residents(Generic[V]):
         assert all(resident.pins >= 0 for resident in self._residents.values())
 
     @property
+    def names(self) -> list[str]:
+        """What is resident."""
+        with self._changed:
+            return list(self._residents)
+
+    @property
     def pins(self) -> int:
         """How many holds are out."""
         return sum(resident.pins for resident in self._residents.values())
@@ -75,15 +80,39 @@ class Residents(Generic[V]):
     def _used(self) -> int:
         return sum(resident.nbytes for resident in self._residents.values())
 
-    def _take(self, name: str, wanted: Wanted[V], needed_for: Mapping[str, Wanted[V]]) -> None:
+    def _find(self, wanted: Mapping[str, Wanted[V]], held: list[str]) -> bool:
+        """Pin all of them at once, if they are here."""
         with self._changed:
-            if name not in self._residents:
-                self._changed.wait_for(lambda: self._make_room(wanted.nbytes, keep=needed_for))
-        if name not in self._residents:  # only a taker adds, and there is one at a time
-            self._residents[name] = _Resident(wanted.load(), wanted.nbytes)
+            if wanted.keys() <= self._residents.keys():
+                for name in wanted:
+                    self._pin(name, held)
+                return True
+        return False
+
+    def _take_all(self, wanted: Mapping[str, Wanted[V]], held: list[str]) -> None:
+        """Pin them one by one, loading what is not here. One caller at a time."""
         with self._changed:
-            self._residents[name].pins += 1
-            self._residents.move_to_end(name)
+            known = {name: self._residents[name].nbytes for name in wanted if name in self._residents}
+        sizes = {name: known[name] if name in known else each.measure() for name, each in wanted.items()}
+        if (needed := sum(sizes.values())) > self._capacity:
+            message = f"The files have {needed} bytes together; this server holds {self._capacity} at once."
+            raise AssetError(message, "file_too_large", {"max_size": self._capacity})
+        for name, each in wanted.items():
+            if name not in self._residents:  # only a taker adds or evicts, and there is one at a time
+                self._wait_for_room(sizes[name], keep=wanted)
+                self._residents[name] = _Resident(each.load(), sizes[name])
+            with self._changed:
+                self._pin(name, held)
+
+    def _wait_for_room(self, nbytes: int, keep: Mapping[str, Wanted[V]]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._make_room(nbytes, keep))
+        gc.collect()  # modules with hooks are cycles: what was evicted must leave the device before the load
+
+    def _pin(self, name: str, held: list[str]) -> None:
+        self._residents[name].pins += 1
+        self._residents.move_to_end(name)
+        held.append(name)
 
     def _make_room(self, nbytes: int, keep: Mapping[str, Wanted[V]]) -> bool:
         """Evict idle values, those of `keep` last, until `nbytes` fit. False: the rest is held."""

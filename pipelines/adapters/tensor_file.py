@@ -49,6 +49,11 @@ class TensorFile:
     shapes: Mapping[str, tuple[int, ...]]
     notes: Mapping[str, str]
 
+    @property
+    def numel(self) -> int:
+        """How many numbers all tensors have together."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
     def load(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Copies of the named tensors, or of all, on the CPU, in the file's dtypes.
 

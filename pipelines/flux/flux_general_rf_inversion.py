@@ -39,6 +39,15 @@ class Pipeline(FluxPipeline[Input]):
 
     output_type = Output
 
+    def hold(self, request: Input, assets: Assets) -> ExitStack:
+        grid = self._grid(request.image_size, assets.images["body", "image_url"])
+        with ExitStack() as held:
+            reader = GuideReader(self.model, assets, grid, held)
+            styles, controls = self._loras(request, assets)
+            self._adapters([*styles, *controls], held)
+            reader.hold_nets(request.controlnets, request.controlnet_unions)
+            return held.pop_all()
+
     def prepare(self, request: Input, assets: Assets, seed: int) -> Generation:
         seed = seed if request.seed is None else request.seed
         grid = self._grid(request.image_size, assets.images["body", "image_url"])

@@ -15,6 +15,11 @@ class Pipeline(FluxPipeline[Input]):
 
     output_type = Output
 
+    def hold(self, request: Input, assets: Assets) -> ExitStack:
+        with ExitStack() as held:
+            self._adapters(self._read_styles("loras", request.loras, assets), held)
+            return held.pop_all()
+
     def prepare(self, request: Input, assets: Assets, seed: int) -> Generation:
         seed = seed if request.seed is None else request.seed
         start = assets.images["body", "image_url"]

@@ -72,18 +72,24 @@ class GuideReader:
         self, nets: Sequence[ControlNet], unions: Sequence[ControlNetUnion]
     ) -> tuple[Timed[ControlUse], ...]:
         """ControlNets, resident, each with its control images. One at scale 0 is checked and left out."""
+        return tuple(
+            Timed(use, control.start_percentage, control.end_percentage)
+            for net, loaded in self.hold_nets(nets, unions)
+            for loc, control in net.controls
+            if (use := self._control(loaded, net, loc, control)).scale
+        )
+
+    def hold_nets(
+        self, nets: Sequence[ControlNet], unions: Sequence[ControlNetUnion]
+    ) -> list[tuple[_Net, Any]]:
+        """The ControlNets and their networks, resident. May wait for room."""
         found = [self._net("controlnets", index, net) for index, net in enumerate(nets)]
         found += [self._net("controlnet_unions", index, net) for index, net in enumerate(unions)]
         with named_by(found[0].loc[:2] if found else ("body",)):
             loaded = self._held.enter_context(
-                self._model.controlnets.holding({net.name: self._wanted(net) for net in found})
+                self._model.adapters.holding({net.name: self._wanted(net) for net in found})
             )
-        return tuple(
-            Timed(use, control.start_percentage, control.end_percentage)
-            for net in found
-            for loc, control in net.controls
-            if (use := self._control(loaded[net.name], net, loc, control)).scale
-        )
+        return [(net, loaded[net.name]) for net in found]
 
     def conditions(self, wishes: Sequence[EasyControlWeight]) -> tuple[Attended, ...]:
         """EasyControl's conditions. One at scale 0 is checked and left out."""
@@ -124,8 +130,11 @@ class GuideReader:
         return _Net(loc, _name(path, text), path, config, False, ((loc, wish),))
 
     def _wanted(self, net: _Net) -> Wanted[Any]:
+        return Wanted(partial(self._measure, net), partial(self._load, net))
+
+    def _measure(self, net: _Net) -> int:
         with named_by((*net.loc, "path")):
-            return Wanted(self._model.nbytes_of(net.path), partial(self._load, net))
+            return self._model.nbytes_of(net.path)
 
     def _load(self, net: _Net) -> Any:
         try:

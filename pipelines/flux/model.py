@@ -1,6 +1,5 @@
 """FLUX's resident weights: two text encoders, the transformer, the VAE, and what stands beside them."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,7 +49,7 @@ class FluxModel(Model):
         depth: DepthEstimator | None = None,
     ) -> None:
         self.max_pixels = settings.limits.max_pixels
-        self.controlnets: Residents[Any] = Residents(settings.controlnet_bytes)
+        self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
         self.noises: Cache[Tensor] = Cache(settings.noise_bytes)  # structured ones, of inversions
         self.targets = targets(components.transformer, components.text_encoder, components.text_encoder_2)
         self._parts = components
@@ -78,6 +77,12 @@ class FluxModel(Model):
         redux = Redux.load(locate(settings.redux), settings.device, dtype, width) if settings.redux else None
         depth = DepthEstimator.load(locate(settings.depth), settings.device) if settings.depth else None
         return cls(components, settings, redux, depth)
+
+    def on_device(self, path: Path) -> bool:
+        return path.name in self._bank or any(path.name in name.split() for name in self.adapters.names)
+
+    def in_ram(self, path: Path) -> bool:
+        return path.name in self._loras.names or path.name in self._easycontrols.names
 
     @torch.inference_mode()
     def encode_prompt(
@@ -131,8 +136,7 @@ class FluxModel(Model):
 
     def nbytes_of(self, path: Path) -> int:
         """What a file's tensors take on the device in the model's dtype. Raises AssetError."""
-        numbers = sum(math.prod(shape) for shape in tensor_file.read(path).shapes.values())
-        return numbers * self._dtype.itemsize
+        return tensor_file.read(path).numel * self._dtype.itemsize
 
     def load_controlnet(self, path: Path, config: ControlNetConfig | None) -> Any:
         """A FluxControlNetModel on the model's device. Raises AssetError that names the keys."""

@@ -12,7 +12,7 @@ from pipelines import images
 from pipelines.adapters.bank import LoraUse
 from pipelines.adapters.lora import Lora
 from pipelines.adapters.tensor_file import invalid
-from pipelines.base import Assets, InputT, Pipeline, named_by
+from pipelines.base import Assets, InputT, Outcome, Pipeline, named_by
 from pipelines.engine.sample import Sample
 from pipelines.flux.lora_keys import layer_scales
 from pipelines.flux.model import FluxModel, plan_of
@@ -20,7 +20,7 @@ from pipelines.flux.plan import Adapters
 from pipelines.flux.sampling import Grid
 from schemas.endpoints.flux_dev import Output
 from schemas.errors import InternalError, Location
-from schemas.fields import Image, ImageSize, ImageSizePreset, resolve
+from schemas.fields import ImageSize, ImageSizePreset, resolve
 
 
 class LoraWish(Protocol):
@@ -54,19 +54,12 @@ class FluxPipeline(Pipeline[InputT, FluxModel]):
         assert sample.denoised is not None, "a preview needs at least one step"
         return images.from_tensor(self.model.decode_small(sample.denoised, plan_of(sample).grid))
 
-    def answer(
-        self,
-        request: InputT,
-        images: list[Image],
-        seed: int,
-        flags: list[bool],
-        timings: dict[str, float],
-    ) -> Output:
+    def answer(self, request: InputT, outcome: Outcome) -> Output:
         return self.output_type(
-            images=images,
-            timings=timings,
-            seed=seed,
-            has_nsfw_concepts=flags,
+            images=outcome.images,
+            timings=dict(outcome.timings),
+            seed=outcome.seed,
+            has_nsfw_concepts=list(outcome.flags),
             prompt=request.model_dump(include={"prompt"})["prompt"],
         )
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +17,63 @@ from pipelines.adapters.lora import Lora
 from pipelines.adapters.lora import load as load_lora
 from pipelines.engine.sample import Sample
 from pipelines.images import fill, to_tensor
-from pipelines.sd import controlnet_file
+from pipelines.sd import controlnet_file, ic_light, ip_adapter_file
 from pipelines.sd.controlnet_file import ControlNetConfig
+from pipelines.sd.embeddings import TokenEmbedding
+from pipelines.sd.embeddings import read as read_embedding
 from pipelines.sd.grid import Grid
+from pipelines.sd.ic_light import IcLight
+from pipelines.sd.image_attention import cross_attention
+from pipelines.sd.ip_adapter import IpAdapter
 from pipelines.sd.lora_keys import targets, translator
 from pipelines.sd.parts import Parts
-from pipelines.sd.plan import Prompting, SdPlan
-from pipelines.sd.text import encode
+from pipelines.sd.plan import SdPlan
+from pipelines.sd.text import Encoding, encode
 from pipelines.sd.unet import AdaptedUnet
 
 PREVIEW_CELLS = 32  # the longer side of a preview, in cells of 8 pixels
 
 
 class Base:
-    """The components of a checkpoint, called by our own loop."""
+    """The components of a checkpoint, called by our own loop.
 
-    def __init__(self, parts: Parts, lora_rank: int) -> None:
+    `name` tells it apart from all others. A forward of its UNet holds at most `batch_tokens` image tokens.
+    """
+
+    def __init__(self, name: str, parts: Parts, lora_rank: int, batch_tokens: int) -> None:
+        self.name = name
         self.kind = parts.kind
         self.scheduler_config = parts.scheduler_config
         self._parts = parts
         self._device: torch.device = parts.unet.device
         self._dtype: torch.dtype = parts.unet.dtype
+        self.channels: int = parts.unet.config.in_channels  # 4, and more that are read beside the latents
+        self.cross_attention = cross_attention(parts.unet)
         self.targets = targets(parts.unet, parts.text_encoders)
         self._translate = translator(self.targets)
         unet, texts = self._layers("unet"), self._layers("text_encoder") | self._layers("text_encoder_2")
         self._bank, self._text_bank = LoraBank(unet, lora_rank), LoraBank(texts, lora_rank)
-        self._unet = AdaptedUnet(parts.unet, self._bank)
+        self._unet = AdaptedUnet(parts.unet, self._bank, batch_tokens)
+        self._make_like_this = partial(Base, lora_rank=lora_rank, batch_tokens=batch_tokens)
 
     @property
-    def nbytes(self) -> int:
-        return self._parts.nbytes
+    def tokenizer(self) -> Any:
+        """The first of its tokenizers."""
+        return self._parts.tokenizers[0]
 
     @torch.inference_mode()
-    def prompting(
-        self, prompt: str, negative: str, guidance: float, loras: Sequence[LoraUse] = ()
-    ) -> Prompting:
-        """Both texts, with held adapters applied."""
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        loras: Sequence[LoraUse] = (),
+        *,
+        weighted: bool = False,
+        clip_skip: int = 0,
+        embeddings: Sequence[TokenEmbedding] = (),
+    ) -> list[Encoding]:
+        """As `text.encode`, with held adapters applied."""
         with self._text_bank.rows([loras]):
-            prompted, other = encode(self._parts, (prompt, negative), weighted=False)
-        return Prompting(prompted, other, guidance)
+            return encode(self._parts, texts, weighted=weighted, clip_skip=clip_skip, embeddings=embeddings)
 
     @torch.inference_mode()
     def encode_image(self, picture: Picture, grid: Grid) -> Tensor:
@@ -82,6 +102,22 @@ class Base:
         """A LoRA file. Raises AssetError that names the keys."""
         return load_lora(path, self._translate, self.targets)
 
+    def read_embedding(self, path: Path, tokens: Sequence[str]) -> tuple[TokenEmbedding, ...]:
+        """A textual inversion. Raises AssetError that says what does not fit."""
+        return read_embedding(path, tokens, self._parts)
+
+    def read_ic_light(self, path: Path) -> IcLight:
+        """IC-Light's offsets for this UNet. Raises AssetError that says what does not fit."""
+        return ic_light.read(path, self._parts.unet)
+
+    def lit_anew(self, name: str, offsets: IcLight) -> "Base":
+        """This model with another UNet, IC-Light's. The other components are the same objects."""
+        return self._make_like_this(name, replace(self._parts, unet=offsets.apply(self._parts.unet)))
+
+    def load_ip_adapter(self, path: Path) -> IpAdapter:
+        """An IP-Adapter on the model's device. Raises AssetError that names the keys."""
+        return ip_adapter_file.load(path, self._parts.unet)
+
     def load_controlnet(self, path: Path, config: ControlNetConfig | None = None) -> Any:
         """A ControlNetModel on the model's device. Raises AssetError that names the keys."""
         return controlnet_file.load(path, self._parts.unet, config)
@@ -105,12 +141,11 @@ class Base:
 
     def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
         """As Model.predict, for samples that all run on this base."""
-        plans = [plan_of(sample) for sample in samples]
-        asked = [plan.rows(sample.step, sample.latents) for plan, sample in zip(plans, samples, strict=True)]
+        asked = [plan_of(sample).rows(sample.step, sample.latents) for sample in samples]
         answers = iter(self._unet.predict([row for rows in asked for row in rows]))
         return [
-            plan.prompting.guided([next(answers) for _ in rows])
-            for plan, rows in zip(plans, asked, strict=True)
+            plan_of(sample).joined(sample.step, sample.latents, [next(answers) for _ in rows])
+            for sample, rows in zip(samples, asked, strict=True)
         ]
 
     def _layers(self, component: str) -> dict[str, Any]:

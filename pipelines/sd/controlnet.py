@@ -1,13 +1,16 @@
 """ControlNets in a forward: what they add to the UNet's activations of each row."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from pipelines.sd.grid import PIXELS_PER_CELL
+from pipelines.sd.tiles import Tile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +23,11 @@ class ControlUse:
     mask: Tensor | None = None  # [1, height, width] in [0, 1]: where the net acts
     guess: bool = False  # the net acts from a tenth at the finest activations to all of it at the coarsest
     text: Tensor | None = None  # [tokens, width], read in place of the row's own (InstantID)
+
+    def cropped(self, tile: Tile) -> "ControlUse":
+        """The same for a part of the latents."""
+        mask = None if self.mask is None else tile.crop(self.mask, PIXELS_PER_CELL)
+        return replace(self, image=tile.crop(self.image, PIXELS_PER_CELL), mask=mask)
 
 
 def pools(net: Any) -> bool:

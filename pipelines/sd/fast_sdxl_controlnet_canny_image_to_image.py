@@ -7,18 +7,19 @@ from PIL.Image import Image as Picture
 from pydantic import BaseModel
 
 from pipelines import images
-from pipelines.base import Assets, Generation
+from pipelines.base import Assets, Generation, Outcome
 from pipelines.engine.sample import Sample
 from pipelines.preprocess import canny
 from pipelines.sd.controlnet import ControlUse
 from pipelines.sd.grid import Grid, draw_noise
+from pipelines.sd.loras import hold_loras
 from pipelines.sd.model import SdModel
 from pipelines.sd.pipeline import SdPipeline
-from pipelines.sd.plan import SdPlan
+from pipelines.sd.plan import Prompting, SdPlan, Side
 from pipelines.sd.schedule import Schedule
 from pipelines.timed import Timed
 from schemas.endpoints.fast_sdxl_controlnet_canny_image_to_image import Input, Output
-from schemas.fields import Image, resolve
+from schemas.fields import resolve
 
 # What the usual canny ControlNets of SDXL were trained on.
 LOW, HIGH = 100, 200
@@ -32,16 +33,22 @@ class Pipeline(SdPipeline[Input]):
         if model.base.kind != "sdxl" or model.controlnet is None:
             raise ValueError("this endpoint needs an SDXL `model` and a `controlnet` in its settings")
 
+    def hold(self, request: Input, assets: Assets) -> ExitStack:
+        with ExitStack() as held:
+            hold_loras(self.model, self.model.base, request.loras, assets, held)
+            return held.pop_all()
+
     def prepare(self, request: Input, assets: Assets, seed: int) -> Generation:
         seed = seed if request.seed is None else request.seed
         base = self.model.base
         grid = self._grid(request, assets.images["body", "control_image_url"])
         with ExitStack() as held:
-            loras = self._hold_loras(base, request.loras, assets, held)
+            loras = hold_loras(self.model, base, request.loras, assets, held)
             prompt = self._prompt(request, seed)
-            prompting = base.prompting(prompt, request.negative_prompt, request.guidance_scale, loras)
+            prompted, negative = base.encode_texts((prompt, request.negative_prompt), loras)
             picture = base.encode_image(assets.images["body", "image_url"], grid)
             control = self._control(request, assets, grid)
+            prompting = Prompting(Side(prompted, control), Side(negative, control), request.guidance_scale)
 
             def sample(number: int) -> Sample:
                 schedule = Schedule.build(
@@ -51,7 +58,7 @@ class Pipeline(SdPipeline[Input]):
                     strength=request.strength,
                     seed=seed + number,
                 )
-                plan = SdPlan(base, grid, prompting, schedule, loras, control)
+                plan = SdPlan(base, grid, prompting, schedule, loras)
                 noise = base.to_device(draw_noise(grid, seed + number))
                 return Sample(f"image {number}", plan, schedule.start_from(picture, noise))
 
@@ -65,15 +72,13 @@ class Pipeline(SdPipeline[Input]):
                 resources=held.pop_all(),
             )
 
-    def answer(
-        self,
-        request: Input,
-        images: list[Image],
-        seed: int,
-        flags: list[bool],
-        timings: dict[str, float],
-    ) -> BaseModel:
-        return Output(images=images, timings=timings, seed=seed, has_nsfw_concepts=flags)
+    def answer(self, request: Input, outcome: Outcome) -> BaseModel:
+        return Output(
+            images=outcome.images,
+            timings=dict(outcome.timings),
+            seed=outcome.seed,
+            has_nsfw_concepts=list(outcome.flags),
+        )
 
     def _grid(self, request: Input, control: Picture) -> Grid:
         """The size asked for, or the control image's, scaled down to what this server makes."""

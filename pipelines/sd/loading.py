@@ -5,42 +5,81 @@ component is of a class named here, and a component's tensors must fit its confi
 made without values, so a config can claim no memory; what it claims is bounded before.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
-from pipelines.adapters.tensor_file import check_finite, invalid, listed
-from pipelines.sd.checkpoints import Checkpoint, Folder, SingleFile, Stored, stored_in_folder, stored_unet
+from pipelines.adapters.tensor_file import invalid
+from pipelines.sd.checkpoints import Checkpoint, Folder, SingleFile, stored_in_folder, stored_unet
+from pipelines.sd.component import Component, check_sizes, made
 from pipelines.sd.kinds import Config, kind_of
 from pipelines.sd.parts import Kind, Parts
 from pipelines.sd.repository import fetch, read_config
+from schemas.errors import AssetError
 
 CONFIGS: Mapping[Kind, Path] = {kind: Path(__file__).parent / "configs" / kind for kind in get_args(Kind)}
 
 
-def load(
+@dataclass(frozen=True, slots=True, eq=False)
+class Blueprint:
+    """A model whose files were found to be whole and to fit together, before any of its values is read."""
+
+    kind: Kind
+    dtype: torch.dtype
+    unet: Component
+    vae: Component
+    encoders: Sequence[Component]
+    tokenizers: Sequence[Any]
+    scheduler_config: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """What the weights will take on the device."""
+        return sum(
+            parameter.numel() * dtype.itemsize
+            for component, dtype in self._components()
+            for parameter in component.module.parameters()
+        )
+
+    def load(self, device: torch.device | str) -> Parts:
+        """The components on `device`. Raises AssetError for values that are not finite."""
+        unet, vae, *encoders = (component.filled(device, dtype) for component, dtype in self._components())
+        return Parts(self.kind, unet, vae, tuple(self.tokenizers), tuple(encoders), self.scheduler_config)
+
+    def _components(self) -> list[tuple[Component, torch.dtype]]:
+        overflows = (
+            self.kind == "sdxl" and self.dtype == torch.float16 and self.vae.module.config.force_upcast
+        )
+        vae_dtype = torch.float32 if overflows else self.dtype
+        encoders = [(encoder, self.dtype) for encoder in self.encoders]
+        return [(self.unet, self.dtype), (self.vae, vae_dtype), *encoders]
+
+
+class UnfitUnet(AssetError):
+    """The UNet that is to replace the model's own cannot."""
+
+
+def inspect(
     source: Path | str,
-    device: torch.device | str,
     dtype: torch.dtype,
     *,
     variant: str | None = None,
     unet: Path | None = None,
     configs: Mapping[Kind, Path] = CONFIGS,
-) -> Parts:
-    """A model's components on `device` in `dtype`, ready to be called.
+) -> Blueprint:
+    """A model's components, checked and without values, to be loaded in `dtype`.
 
     `source` is a local diffusers folder or a local safetensors file in the original layout (a Path), or a Hub
     id (a str). `variant`, such as "fp16", is of files in a folder; components without it use the plain ones.
     `unet` replaces the UNet: a folder, or a file named as diffusers or the original names it, that fits the
     base. `configs` has a folder for each kind, with what single files do not say. Only a Hub id may reach
-    the network. Raises AssetError ("invalid_weights", "file_download_error") that says what is wrong.
+    the network. Raises AssetError ("invalid_weights", "file_download_error") that says what is wrong,
+    UnfitUnet where that is `unet`.
     """
     checkpoint = _open(source, variant, configs)
     kind = checkpoint.kind
@@ -51,17 +90,10 @@ def load(
     denoiser = _replacement(unet, checkpoint, variant) if unet else _unet(checkpoint)
     scheduler = _checked_scheduler(checkpoint.scheduler())
     _check_widths(denoiser.module.config, [encoder.module.config for encoder in encoders])
-    for component in (denoiser, autoencoder, *encoders):
+    for component in (autoencoder, *encoders) if unet else (denoiser, autoencoder, *encoders):
         component.check()
-    overflows = kind == "sdxl" and dtype == torch.float16 and autoencoder.module.config.force_upcast
-    return Parts(
-        kind,
-        denoiser.filled(device, dtype),
-        autoencoder.filled(device, torch.float32 if overflows else dtype),
-        tuple(tokenizer for tokenizer, _ in texts),
-        tuple(encoder.filled(device, dtype) for encoder in encoders),
-        scheduler,
-    )
+    tokenizers = [tokenizer for tokenizer, _ in texts]
+    return Blueprint(kind, dtype, denoiser, autoencoder, encoders, tokenizers, scheduler)
 
 
 def _open(source: Path | str, variant: str | None, configs: Mapping[Kind, Path]) -> Checkpoint:
@@ -74,49 +106,12 @@ def _open(source: Path | str, variant: str | None, configs: Mapping[Kind, Path])
     return SingleFile(source, configs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Component:
-    """A module without values, and where its values are."""
-
-    name: str
-    module: Any
-    stored: Stored
-
-    def check(self) -> None:
-        """Raise AssetError unless the tensors on disk are those of the module, each in its shape."""
-        expected = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        found = self.stored.shapes()
-        unknown, missing = found.keys() - expected.keys(), expected.keys() - found.keys()
-        if unknown:
-            raise invalid(f"The {self.name} has no place for {listed(sorted(unknown))}.")
-        if missing:
-            raise invalid(f"The {self.name} is not complete. It lacks {listed(sorted(missing))}.")
-        for name, shape in found.items():
-            if shape != expected[name]:
-                raise invalid(
-                    f"The {self.name} does not fit its config: {name} has the shape {list(shape)} "
-                    f"where {list(expected[name])} is expected."
-                )
-
-    def filled(self, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """The module with its values, which must be finite in `dtype`."""
-        tensors = self.stored.load()
-        for name in tensors:
-            tensors[name] = tensors[name].to(device, dtype)
-        check_finite(tensors)
-        self.module.load_state_dict(tensors, assign=True)
-        for part in self.module.modules():
-            if isinstance(part, CLIPTextEmbeddings):  # a buffer that is not in files
-                part.position_ids = torch.arange(part.position_embedding.num_embeddings, device=device)[None]
-        return self.module.eval().requires_grad_(False)
-
-
-def _unet(checkpoint: Checkpoint) -> _Component:
+def _unet(checkpoint: Checkpoint) -> Component:
     module = _empty("unet", UNet2DConditionModel, checkpoint.config("unet"))
-    return _Component("model's unet", module, checkpoint.stored("unet", module))
+    return Component("model's unet", module, checkpoint.stored("unet", module))
 
 
-def _autoencoder(checkpoint: Checkpoint) -> _Component:
+def _autoencoder(checkpoint: Checkpoint) -> Component:
     config = checkpoint.config("vae")
     if config.get("_class_name") != "AutoencoderKL":
         raise invalid(f"The model's VAE is a {str(config.get('_class_name'))[:80]}, not an AutoencoderKL.")
@@ -124,7 +119,7 @@ def _autoencoder(checkpoint: Checkpoint) -> _Component:
         if config.get(key, ours) != ours:
             raise invalid(f"The model's VAE is not one of Stable Diffusion 1, 2 or XL: {key} is not {ours}.")
     module = _empty("vae", AutoencoderKL, config)
-    return _Component("model's vae", module, checkpoint.stored("vae", module))
+    return Component("model's vae", module, checkpoint.stored("vae", module))
 
 
 _LATENTS = {
@@ -149,7 +144,7 @@ _TEXT_FIELDS = (
 _TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def _text(checkpoint: Checkpoint, suffix: str) -> tuple[Any, _Component]:
+def _text(checkpoint: Checkpoint, suffix: str) -> tuple[Any, Component]:
     """A tokenizer and its encoder. Of the encoder's config, only what shapes it is read.
 
     The end token is the tokenizer's: published configs say 2, which makes the encoder take the highest id
@@ -160,85 +155,48 @@ def _text(checkpoint: Checkpoint, suffix: str) -> tuple[Any, _Component]:
     if given.get("model_type") != "clip_text_model":
         raise invalid(f"The model's {name} is a {str(given.get('model_type'))[:80]}, not CLIP's.")
     fields = {key: given[key] for key in _TEXT_FIELDS if key in given}
-    _check_sizes(name, fields)
-    config = _made(name, lambda: CLIPTextConfig(**fields, **dict.fromkeys(_TEXT_IDS)))
+    check_sizes(f"model's {name}", fields)
+    config = made(f"model's {name}", lambda: CLIPTextConfig(**fields, **dict.fromkeys(_TEXT_IDS)))
     tokenizer = checkpoint.tokenizer(f"tokenizer{suffix}", config.max_position_embeddings)
     if len(tokenizer) > config.vocab_size:
         count = f"{len(tokenizer)} words, its {name} {config.vocab_size}"
         raise invalid(f"The model's tokenizer{suffix} has {count}.")
     for key in _TEXT_IDS:
         setattr(config, key, getattr(tokenizer, key))
-    module = _made(name, lambda: _TEXT_CLASSES[name](config))
-    return tokenizer, _Component(f"model's {name}", module, checkpoint.stored(name, module))
+    module = made(f"model's {name}", lambda: _TEXT_CLASSES[name](config))
+    return tokenizer, Component(f"model's {name}", module, checkpoint.stored(name, module))
 
 
-def _replacement(path: Path, base: Checkpoint, variant: str | None) -> _Component:
-    """A UNet in place of the base's: one of its kind in a folder, or one of its config in a file."""
+def _replacement(path: Path, base: Checkpoint, variant: str | None) -> Component:
+    """A UNet in place of the base's, checked. Raises UnfitUnet."""
+    try:
+        component = _other_unet(path, base, variant)
+        component.check()
+    except AssetError as error:
+        raise UnfitUnet(error.message, error.kind, error.ctx) from error
+    return component
+
+
+def _other_unet(path: Path, base: Checkpoint, variant: str | None) -> Component:
+    """One of the base's kind in a folder, or one of its config in a file."""
     if not path.is_dir():
         config = base.config("unet")
         module = _empty("unet", UNet2DConditionModel, config)
-        return _Component("other UNet", module, stored_unet(path, config))
+        return Component("other UNet", module, stored_unet(path, config))
     folder = path if (path / "config.json").is_file() else path / "unet"
     config = read_config(folder / "config.json")
     if (kind := kind_of(config)) != base.kind:
         raise invalid(f"The other UNet is one of {kind}, the model is {base.kind}.")
     module = _empty("unet", UNet2DConditionModel, config)
-    return _Component("other UNet", module, stored_in_folder(folder, variant, module))
+    return Component("other UNet", module, stored_in_folder(folder, variant, module))
 
 
 def _empty(name: str, kind: Any, config: Config) -> Any:
     """A diffusers module by its config, without values."""
     if config.get("quantization_config") is not None:
         raise invalid(f"The model's {name} is quantized, which is not supported.")
-    _check_sizes(name, config)
-    return _made(name, lambda: kind.from_config(dict(config)))
-
-
-# What diffusers and transformers raise for settings that do not go together. Nothing is allocated meanwhile.
-_MISCONFIGURED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    StrictDataclassError,
-)
-
-
-def _made(name: str, make: Callable[[], Any]) -> Any:
-    try:
-        with torch.device("meta"):
-            return make()
-    except _MISCONFIGURED as error:
-        raise invalid(f"The config of the model's {name} is not usable: {str(error)[:300]}") from error
-
-
-_MOST = 1 << 17  # any size; CLIP's vocabulary has 49,408 words
-_MOST_LAYERS = 64  # of one kind in one block; SDXL's second text encoder has 32
-_MOST_BLOCKS = 8  # entries in a list; UNets and VAEs have 3 or 4 blocks
-
-
-def _check_sizes(name: str, config: Config) -> None:
-    """Raise AssetError for numbers that would make a module larger than any real one."""
-    for key, value in config.items():
-        most = _MOST_LAYERS if "layers" in key else _MOST
-        if any(not 0 <= number <= most for number in _numbers(value)):
-            raise invalid(f"The config of the model's {name} is not usable: {key[:80]} is {str(value)[:80]}.")
-
-
-def _numbers(value: Any, depth: int = 0) -> Iterator[int]:
-    """The whole numbers in a value; a list that is too long or deep yields one that is refused."""
-    if isinstance(value, list | tuple):
-        if len(value) > _MOST_BLOCKS or depth > 2:
-            yield -1
-        else:
-            for each in value:
-                yield from _numbers(each, depth + 1)
-    elif isinstance(value, int):
-        yield value
+    check_sizes(f"model's {name}", config)
+    return made(f"model's {name}", lambda: kind.from_config(dict(config)))
 
 
 _TIME_IDS = 6  # the sizes and the crop that SDXL's UNet reads

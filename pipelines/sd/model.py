@@ -1,6 +1,8 @@
-"""Stable Diffusion's resident weights: a base model, and what stands beside it."""
+"""Stable Diffusion's resident weights: base models, and what stands beside them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,45 +10,111 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
+from pipelines.adapters import tensor_file
 from pipelines.adapters.cache import Cache
 from pipelines.adapters.lora import Lora
+from pipelines.adapters.residents import Residents, Wanted
 from pipelines.base import Model
 from pipelines.engine.sample import Sample
-from pipelines.sd import loading
+from pipelines.faces import FaceAnalyser
+from pipelines.sd import image_encoder, loading
 from pipelines.sd.base import Base, plan_of
+from pipelines.sd.checkpoints import LIMITS
 from pipelines.sd.expand import Expander
 from schemas.settings import ModelSettings
 
 
 class SdModel(Model):
-    """A base model with a ControlNet of its own, and a language model that writes prompts on, if any."""
+    """A base model, others that requests name, and all that acts beside them.
+
+    `base` is the one of the settings and always resident; it is known by its source there. `controlnet` and
+    the language model `expander`, which writes prompts on, are the settings' too. `adapters` are ControlNets,
+    IP-Adapters, image encoders, and base models with IC-Light's offsets.
+    """
 
     def __init__(
-        self, base: Base, settings: ModelSettings, controlnet: Any = None, expander: Expander | None = None
+        self,
+        settings: ModelSettings,
+        source: Path | str,
+        controlnet: Any = None,
+        expander: Expander | None = None,
     ) -> None:
-        self.base = base
         self.controlnet = controlnet
         self.expander = expander
         self.max_pixels = settings.limits.max_pixels
         self.finds_edges = settings.finds_edges
+        self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
+        self._settings = settings
+        self._source = source
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._bases: Residents[Base] = Residents(settings.bases.memory_bytes)
         self._loras: Cache[Lora] = Cache(settings.lora_ram_bytes)
+        self._faces = cache(partial(FaceAnalyser.load, device=settings.device))
+        self.base = self.hold_base(Path(settings.model), ExitStack())  # held for good
 
     @classmethod
     def load(cls, settings: ModelSettings, locate: Callable[[str], Path | str]) -> Self:
         dtype: torch.dtype = getattr(torch, settings.dtype)
-        parts = loading.load(locate(settings.model), settings.device, dtype)
-        controlnet = expander = None
+        model = cls(settings, locate(settings.model))
         if settings.controlnet:
-            controlnet = ControlNetModel.from_pretrained(locate(settings.controlnet), dtype=dtype)
-            controlnet.requires_grad_(False).to(settings.device)
+            model.controlnet = ControlNetModel.from_pretrained(locate(settings.controlnet), dtype=dtype)
+            model.controlnet.requires_grad_(False).to(settings.device)
         if settings.expander:
-            expander = Expander.load(locate(settings.expander), settings.device, parts.tokenizers[0])
-        return cls(Base(parts, settings.lora_rank), settings, controlnet, expander)
+            tokenizer = model.base.tokenizer
+            model.expander = Expander.load(locate(settings.expander), settings.device, tokenizer)
+        return model
+
+    def hold_base(
+        self, path: Path, held: ExitStack, *, variant: str | None = None, unet: Path | None = None
+    ) -> Base:
+        """A base model, resident until `held` is closed: a folder or a file, or the settings' by its source.
+
+        `variant` and `unet` as in `loading.inspect`. Waits for room. Raises AssetError.
+        """
+        source = self._located(path)
+        name = " ".join(str(each) for each in (source, variant, unet) if each)
+        return held.enter_context(self._bases.holding({name: self._wanted(name, source, variant, unet)}))[
+            name
+        ]
+
+    def on_device(self, path: Path) -> bool:
+        source = str(self._located(path))
+        return any(source in name.split() for name in [*self._bases.names, *self.adapters.names])
+
+    def in_ram(self, path: Path) -> bool:
+        return any(path.name in name.split() for name in self._loras.names)
 
     def read_lora(self, base: Base, path: Path) -> Lora:
         """A LoRA file, kept in RAM by its content's name. Raises AssetError that names the keys."""
-        return self._loras.get(f"{id(base)} {path.name}", lambda: base.read_lora(path))
+        return self._loras.get(f"{base.name} {path.name}", lambda: base.read_lora(path))
+
+    def load_image_encoder(self, path: Path) -> image_encoder.ImageEncoder:
+        """A folder with a config, or a file. Raises AssetError."""
+        return image_encoder.load(path, self._settings.device, self._dtype)
+
+    def faces(self, folder: Path) -> FaceAnalyser:
+        """A face analysis, loaded once. Raises AssetError."""
+        return self._faces(folder)
+
+    def nbytes_of(self, path: Path) -> int:
+        """What the weights in a file, or in a folder, take on the device. Raises AssetError."""
+        files = path.glob("*.safetensors") if path.is_dir() else [path]
+        return sum(tensor_file.read(file, limits=LIMITS).numel for file in files) * self._dtype.itemsize
 
     def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
         base: Base = plan_of(samples[0]).base  # part of the samples' key
         return base.predict(samples)
+
+    def _located(self, path: Path) -> Path | str:
+        """The settings' own model is called by its source there, wherever it lies."""
+        return self._source if path == Path(self._settings.model) else path
+
+    def _wanted(self, name: str, source: Path | str, variant: str | None, unet: Path | None) -> Wanted[Base]:
+        settings = self._settings
+        blueprint = cache(partial(loading.inspect, source, self._dtype, variant=variant, unet=unet))
+
+        def load() -> Base:
+            parts = blueprint().load(settings.device)
+            return Base(name, parts, settings.lora_rank, settings.batch_tokens)
+
+        return Wanted(lambda: blueprint().nbytes, load)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,52 @@ def fetch(repo: str, variant: str | None) -> Path:
     return folder
 
 
+def wanted(names: Collection[str], variant: str | None) -> list[str]:
+    """Of the names of a repository's files, those that we read: what `fetch` brings, file by file.
+
+    Raises AssetError where it is no model, has nothing of the variant, or a component has no safetensors.
+    """
+    if "unet/config.json" not in names:
+        raise invalid("The repository is not a Stable Diffusion model: it has no unet/config.json.")
+    parts = {each: [name[len(each) + 1 :] for name in names if _is_in(each, name)] for each in COMPONENTS}
+    if variant is not None:
+        _check_variant([_by_variant(part) for part in parts.values()], variant)
+    others = [name for name in names if any(_fits(name, pattern) for pattern in _OTHER_FILES)]
+    return others + [
+        f"{each}/{name}" for each, part in parts.items() if part for name in pick(each, part, variant)
+    ]
+
+
 def weights(folder: Path) -> Files:
     """A component's safetensors files by their variants, plain ones by None."""
-    found: Files = {}
-    for path in _files(folder):
-        if match := _WEIGHTS.fullmatch(path.name):
-            found.setdefault(match["early"] or match["late"], []).append(path)
-    return found
+    found = _by_variant(path.name for path in _files(folder))
+    return {variant: [folder / name for name in names] for variant, names in found.items()}
 
 
 def choose(folder: Path, variant: str | None) -> list[Path]:
     """The variant's files, or else the plain ones. Raises AssetError where there are none."""
-    found = weights(folder)
+    names = [path.name for path in _files(folder)]
+    return [folder / name for name in pick(folder.name, names, variant)]
+
+
+def pick(folder: str, names: Collection[str], variant: str | None) -> list[str]:
+    """The same by the names of a component's files. `folder` is for people."""
+    found = _by_variant(names)
     chosen = found.get(variant) or found.get(None)
     if chosen:
         return chosen
     if found:
         hint = f"It has the variant {listed(sorted(map(str, found)))}."
-    elif any(path.suffix in (".bin", ".ckpt", ".pt") for path in _files(folder)):
+    elif any(name.endswith((".bin", ".ckpt", ".pt")) for name in names):
         hint = "It has pickles (.bin, .pt, .ckpt), which are not loaded."
     else:
         hint = "Other formats are not loaded."
-    raise invalid(f"The model has no safetensors file in {folder.name}. {hint}")
+    raise invalid(f"The model has no safetensors file in {folder}. {hint}")
 
 
 def check_variant(root: Path, variant: str) -> None:
     """Raise AssetError unless one component at least has the variant."""
-    known = {each for component in COMPONENTS for each in weights(root / component) if each is not None}
-    if variant not in known:
-        has = f"it has {listed(sorted(known))}" if known else "it has plain ones only"
-        raise invalid(f"The model has no safetensors files of the variant {variant!r:.50}; {has}.")
+    _check_variant([weights(root / component) for component in COMPONENTS], variant)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -97,6 +114,30 @@ _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)"
     r"(\.(?P<early>[\w-]+?))?(-\d{5}-of-\d{5})?(\.(?P<late>[\w-]+))?\.safetensors"
 )
+
+
+def _by_variant(names: Iterable[str]) -> dict[str | None, list[str]]:
+    found: dict[str | None, list[str]] = {}
+    for name in names:
+        if match := _WEIGHTS.fullmatch(name):
+            found.setdefault(match["early"] or match["late"], []).append(name)
+    return found
+
+
+def _check_variant(components: Iterable[Collection[str | None]], variant: str) -> None:
+    known = {each for variants in components for each in variants if each is not None}
+    if variant not in known:
+        has = f"it has {listed(sorted(known))}" if known else "it has plain ones only"
+        raise invalid(f"The model has no safetensors files of the variant {variant!r:.50}; {has}.")
+
+
+def _is_in(folder: str, name: str) -> bool:
+    return name.startswith(f"{folder}/") and name.count("/") == 1
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Where the star stands for no slash."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def _patterns(components: Iterable[str], variant: str | None) -> list[str]:

@@ -161,6 +161,11 @@ def step_seed(seed: int) -> int:
 # How many steps
 
 
+def most_steps(name: str | None, config: Mapping[str, Any]) -> int:
+    """How many steps a schedule may have. Arguments and errors as of `Schedule.build`."""
+    return _most_steps(find(name, config).create(config))
+
+
 def _most_steps(scheduler: Any) -> int:
     """The finest schedule that there is."""
     # Two fewer, because spaced "leading" timesteps count from steps_offset, and some take one more.

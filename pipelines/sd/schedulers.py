@@ -31,7 +31,7 @@ Word = Literal["timesteps", "sigmas", "eta", "noise"]
 """What a scheduler listens to: two arrays in place of a number of steps, eta, and a generator."""
 
 
-MOST_ENTRIES = 150  # of an array; as many steps as the API takes
+MOST_STEPS = 150  # of an array, as the API has them; sigmas are one more
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -166,8 +166,9 @@ def check_arrays(sampler: Sampler, scheduler: Any, timesteps: Sequence[int], sig
         raise ScheduleError(f"This scheduler takes no timesteps; those that do are {_taking('timesteps')}.")
     if sigmas and "sigmas" not in sampler.takes:
         raise ScheduleError(f"This scheduler takes no sigmas; those that do are {_taking('sigmas')}.")
-    if (entries := len(timesteps or sigmas)) > MOST_ENTRIES:
-        raise ScheduleError(f"At most {MOST_ENTRIES} entries are taken, {entries} are given.")
+    most = MOST_STEPS + 1 if sigmas else MOST_STEPS
+    if (entries := len(timesteps or sigmas)) > most:
+        raise ScheduleError(f"At most {most} entries are taken, {entries} are given.")
     _check_timesteps(timesteps, scheduler.config.num_train_timesteps - 1)
     _check_sigmas(sigmas)
 

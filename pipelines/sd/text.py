@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipelines.sd.embeddings import TokenEmbedding
 from pipelines.sd.parts import Parts
 from pipelines.sd.prompt import Break, Piece, parse
+from schemas.errors import AssetError
 
 CHUNK = 75
 WINDOW = CHUNK + 2  # with begin and end
@@ -52,7 +53,7 @@ def encode(
     for (`force_zeros_for_empty_prompt`), and the others read "". A text given as "" is encoded.
 
     `clip_skip` leaves out that many of the last layers, in all texts (in diffusers, not in the negative
-    one); SDXL's pooled vector comes from all of them.
+    one); SDXL's pooled vector comes from all of them. Raises AssetError where that leaves none.
     """
     readers = _readers(parts, clip_skip, embeddings)
     chunked = [[reader.chunks(text or "", weighted) for reader in readers] for text in texts]
@@ -144,11 +145,21 @@ def _readers(parts: Parts, clip_skip: int, embeddings: Sequence[TokenEmbedding])
     sdxl = parts.kind == "sdxl"
     readers = []
     for number, (tokenizer, encoder) in enumerate(zip(parts.tokenizers, parts.text_encoders, strict=True)):
-        assert 0 <= clip_skip < encoder.config.num_hidden_layers, f"clip_skip {clip_skip} leaves no layer"
+        _check_skip(clip_skip, encoder.config.num_hidden_layers)
         vectors = [each.vectors[number].to(encoder.device, encoder.dtype) for each in longest_first]
         norm = nn.Identity() if sdxl else _layers_of(encoder).final_layer_norm
         readers.append(_Reader(tokenizer, encoder, words, vectors, -(2 if sdxl else 1) - clip_skip, norm))
     return readers
+
+
+def _check_skip(clip_skip: int, layers: int) -> None:
+    assert clip_skip >= 0, "layers are left out, not added"
+    if clip_skip >= layers:
+        raise AssetError(
+            f"The model's text encoder has {layers} layers; {clip_skip} cannot be left out.",
+            "less_than",
+            {"lt": layers},
+        )
 
 
 def _layers_of(encoder: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from schemas.assets import AssetKind
+from schemas.assets import AssetKind, Names
 from schemas.endpoints import flux_dev
 from schemas.errors import FieldError, InputError, Location
 from schemas.fields import (
@@ -51,7 +51,7 @@ _Url = Annotated[str, Field(min_length=1)]
 _OneOrMany = Annotated[
     Annotated[_Url, Tag("one")] | Annotated[list[_Url], Field(max_length=MAX_CONTROLS), Tag("many")],
     Discriminator(_count),
-    AssetKind.IMAGE,
+    Names(AssetKind.IMAGE),
 ]
 
 

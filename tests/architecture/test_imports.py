@@ -47,7 +47,7 @@ def test_rooms_import_downwards_only(name: str) -> None:
 
 # a library, and who may import it
 SEAMS = {
-    "ray": ("deployments.app", "deployments.server"),
+    "ray": ("deployments.app", "deployments.server", "deployments.router"),
     "starlette": ("deployments.gateway",),
     "torch": ("pipelines", "deployments.worker"),
     "diffusers": ("pipelines",),

@@ -13,10 +13,20 @@ import pytest
 import yaml
 
 from tests.clients.halves import Connect, settled
-from tests.clients.inputs import ALICE, BOB, LONG
+from tests.clients.inputs import (
+    ALICE,
+    BOB,
+    CANNY_PICTURES,
+    LONG,
+    drawing,
+    encoded,
+    shapes,
+)
 from tests.support.server import Server, start, write_config
+from tests.support.sites import serving
 from tests.support.watching import follow, submit
 
+MODELS = ("flux", "sdxl-canny")  # the applications of serve_config.yaml that the suite calls
 MAX_BODY_BYTES = 1_000_000
 MAX_UPLOAD_BYTES = 100_000_000
 NODE = Path(__file__).parent / "node"
@@ -32,16 +42,17 @@ Tell = Callable[..., dict[str, Any]]  # a script and what it is given → its re
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole suite. It runs one request at a time, so that others can be seen to wait,
-    and may fetch from this machine."""
+    """One server for the whole suite. Each model runs one request at a time, so that others can be seen to
+    wait, and may fetch from this machine."""
     folder = tmp_path_factory.mktemp("clients")
     front = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
     here = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
     model = {"fetch": here, "weights": {"cache": f"file://{folder}/weights"}}
-    path = write_config(folder, front=front, model=model)
+    path = write_config(folder, front=front, model=model, models=MODELS)
     config = yaml.safe_load(path.read_text())
     for deployment in config["applications"][0]["deployments"]:
-        deployment["user_config"]["models"]["flux"]["window"] = 1
+        for entry in deployment["user_config"]["models"].values():
+            entry["window"] = 1
     path.write_text(yaml.safe_dump(config))
     server = start(path, keys=f"{ALICE} {BOB}")
     yield server
@@ -79,6 +90,18 @@ def busy(alice: httpx.Client) -> Iterator[dict[str, Any]]:
     yield receipt
     alice.put(receipt["cancel_url"])
     assert [*follow(alice, receipt)][-1]["status"] == "COMPLETED"
+
+
+@pytest.fixture(scope="package")
+def canny_pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The pictures of the canny endpoint's page on a host of ours: field → URL. They differ in size."""
+    folder: Path = tmp_path_factory.mktemp("canny")
+    images = {"control_image_url": encoded(shapes()), "image_url": encoded(drawing(), "JPEG")}
+    for field, path in CANNY_PICTURES.items():
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_bytes(images[field])
+    with serving(folder) as site:
+        yield {field: f"{site}/{path}" for field, path in CANNY_PICTURES.items()}
 
 
 @pytest.fixture(scope="session")

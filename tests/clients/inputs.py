@@ -3,11 +3,12 @@
 import io
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ENDPOINT = "fal-ai/flux/dev"
 REMAKE = "fal-ai/flux-lora/image-to-image"
 EDIT = "fal-ai/flux-general/rf-inversion"
+CANNY = "fal-ai/fast-sdxl-controlnet-canny/image-to-image"
 APP = "fal-ai/flux"  # what request URLs are made of
 
 ALICE = "alice:s3cret"
@@ -49,6 +50,26 @@ EDIT_EXAMPLE: dict[str, Any] = {
     "reverse_guidance_schedule": "constant",
 } | {"num_inference_steps": 4}
 
+# The example on fal's page, whole but for its pictures, and what of it the code beside it shows.
+CANNY_EXAMPLE: dict[str, Any] = {
+    "prompt": "Ice fortress, aurora skies, polar wildlife, twilight",
+    "controlnet_conditioning_scale": 0.5,
+    "negative_prompt": "cartoon, illustration, animation. face. male, female",
+    "num_inference_steps": 25,
+    "guidance_scale": 7.5,
+    "strength": 0.95,
+    "num_images": 1,
+    "loras": [],
+}
+CANNY_CODE = {"prompt": CANNY_EXAMPLE["prompt"]}
+CANNY_STEPS = 23  # 0.95 of 25, rounded down
+CANNY_OUTPUT = {"images", "timings", "seed", "has_nsfw_concepts"}
+# Where those pictures lie on their hosts; the first has no suffix.
+CANNY_PICTURES = {
+    "control_image_url": "u/74778219",
+    "image_url": "files/tiger/IExuP-WICqaIesLZAZPur.jpeg",
+}
+
 
 def steps(count: int) -> list[str]:
     """The log lines of a request of `count` steps."""
@@ -58,6 +79,13 @@ def steps(count: int) -> list[str]:
 def drawing(size: tuple[int, int] = (80, 48)) -> Image.Image:
     """A picture to begin with."""
     return Image.linear_gradient("L").resize(size).convert("RGB")
+
+
+def shapes(size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """A picture with edges."""
+    image = Image.new("RGB", size, "white")
+    ImageDraw.Draw(image).ellipse((size[0] // 4, size[1] // 4, size[0] // 2, size[1] - 8), fill="navy")
+    return image
 
 
 def encoded(image: Image.Image, format: str = "PNG") -> bytes:

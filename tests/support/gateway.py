@@ -67,6 +67,8 @@ async def _drawing(files: FileStore) -> Any:
             "width": 64,
             "height": 48,
             "content_type": "image/jpeg",
+            "file_name": "picture.jpg",
+            "file_size": len(PICTURE),
         }
         output = {
             "images": [image] * count,
@@ -75,7 +77,8 @@ async def _drawing(files: FileStore) -> Any:
             "has_nsfw_concepts": [False] * count,
             "prompt": job.input["prompt"],
         }
-        return JobResult.success(output, 0.5)
+        told = registry.endpoint(job.endpoint_id).schema().Output(**output)
+        return JobResult.success(told.model_dump(mode="json"), 0.5)
 
     return outcome
 

@@ -4,8 +4,10 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import quote
 
 
 class Hub:
@@ -20,10 +22,21 @@ class Hub:
         self.url = ""
 
     def put(self, repo: str, **files: bytes) -> None:
-        names = {name.replace("__", "/") + ".safetensors": data for name, data in files.items()}
-        siblings = [{"rfilename": name} for name in ("README.md", *names)]
-        self.files[f"/api/models/{repo}"] = json.dumps({"id": repo, "siblings": siblings}).encode()
-        self.files |= {f"/{repo}/resolve/main/{name}": data for name, data in names.items()}
+        """A repository of safetensors: `folder__name=…` is folder/name.safetensors."""
+        self.put_files(repo, {f"{name.replace('__', '/')}.safetensors": data for name, data in files.items()})
+
+    def put_files(self, repo: str, files: Mapping[str, bytes], has_sizes: bool = True) -> None:
+        """A repository of any files. It always has a README besides."""
+        listed = {"README.md": b"", **files}
+        sizes = {name: {"size": len(data)} if has_sizes else {} for name, data in listed.items()}
+        siblings = [{"rfilename": name, **size} for name, size in sizes.items()]
+        self.files[listing(repo)] = json.dumps({"id": repo, "siblings": siblings}).encode()
+        self.files |= {f"/{repo}/resolve/main/{quote(name)}": data for name, data in files.items()}
+
+    def put_folder(self, repo: str, folder: Path) -> None:
+        """A repository with the files of a folder."""
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        self.put_files(repo, {str(path.relative_to(folder)): path.read_bytes() for path in paths})
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -46,6 +59,11 @@ class Hub:
         etag = f"ETag: {tag}\r\n" if self.has_tags else ""
         sent = body if status == 200 and body else b""
         return f"HTTP/1.1 {status} X\r\n{etag}Content-Length: {len(sent)}\r\n\r\n".encode() + sent
+
+
+def listing(repo: str) -> str:
+    """Where the Hub tells of a repository's files."""
+    return f"/api/models/{repo}?blobs=true"
 
 
 @asynccontextmanager

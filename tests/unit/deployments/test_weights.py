@@ -1,29 +1,22 @@
 """Adapter weights: how they are named, fetched once, kept, and let go."""
 
 import asyncio
-import hashlib
-import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from deployments.files import weights as module
-from deployments.files.fetch import Fetcher
-from deployments.files.store import open_files
-from deployments.files.weights import Lease, Weights
+from deployments.files import cache as module
 from schemas.assets import Asset, AssetKind
 from schemas.errors import AssetError
-from schemas.settings import EASYCONTROLS, FetchSettings, WeightSettings
+from schemas.settings import EASYCONTROLS
 from tests.support.fields import shows
-from tests.support.hub import Hub, serving
+from tests.support.hub import Hub, listing
 from tests.support.rf_inversion import RF
-
-BASE = "http://box:8000"
+from tests.unit.deployments.places import BASE, Place, fails, get, name_of, read, safetensors
 
 _seen: list[str] | None = None
 
@@ -49,77 +42,12 @@ def seen() -> Iterator[list[str]]:
     _seen = None
 
 
-def safetensors(size: int = 0, fill: bytes = b"x") -> bytes:
-    """A file with a header, and `size` bytes of data."""
-    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
-    return len(header).to_bytes(8, "little") + header + fill * size
-
-
-@pytest.fixture
-async def hub() -> AsyncIterator[Hub]:
-    async with serving() as hub:
-        yield hub
-
-
-class Place:
-    """The folders of one server."""
-
-    def __init__(self, folder: Path, hub_url: str) -> None:
-        self.folder = folder
-        self.cache = folder / "cache"
-        self.hub_url = hub_url
-        self.files = open_files(f"file://{folder}/files")
-
-    def open(self, fresh_s: float = 600, fetch: dict[str, Any] | None = None, **changes: Any) -> Weights:
-        fetching = FetchSettings(
-            **{"allowed_networks": ("127.0.0.0/8",), "allowed_ports": (), **(fetch or {})}
-        )
-        keeping = WeightSettings(**{"cache": f"file://{self.cache}", "hub_url": self.hub_url} | changes)
-        return Weights(Fetcher(self.files, fetching), keeping, fetching, fresh_s)
-
-    def kept(self, suffix: str = ".safetensors") -> set[str]:
-        return {path.name for path in self.cache.iterdir() if path.suffix == suffix}
-
-
-@pytest.fixture
-def place(tmp_path: Path, hub: Hub) -> Place:
-    return Place(tmp_path, hub.url)
-
-
-def name_of(data: bytes) -> str:
-    return f"{hashlib.sha256(data).hexdigest()}.safetensors"
-
-
-Source = str | Asset  # a word alone means a LoRA
-
-
 def controlnet(source: str, variant: str | None = None) -> Asset:
     return Asset(AssetKind.CONTROLNET, source, variant)
 
 
 def easycontrol(source: str) -> Asset:
     return Asset(AssetKind.EASYCONTROL, source)
-
-
-async def get(weights: Weights, source: Source, base_url: str = BASE) -> Lease:
-    asset = source if isinstance(source, Asset) else Asset(AssetKind.LORA, source)
-    return await weights.locate(asset, base_url, lambda line: None)
-
-
-async def read(weights: Weights, source: Source) -> bytes:
-    with await get(weights, source) as path:
-        return path.read_bytes()
-
-
-async def fails(
-    weights: Weights, source: Source, *words: str, kind: str = "file_download_error"
-) -> AssetError:
-    with pytest.raises(AssetError) as failed:
-        await get(weights, source)
-    assert failed.value.kind == kind
-    for word in words:
-        assert word in failed.value.message
-    return failed.value
 
 
 # -- where weights come from
@@ -156,7 +84,7 @@ async def test_the_hub_is_asked_for_the_one_file(place: Place, hub: Hub) -> None
     await fails(weights, "ann/none", "no .safetensors file at its top")
     await fails(weights, "ann/absent", "ann/absent on the Hub", "404")
     await fails(weights, "ann/one/absent.safetensors", "404")
-    hub.files["/api/models/ann/odd"] = b'{"siblings": 1}'
+    hub.files[listing("ann/odd")] = b'{"siblings": 1}'
     await fails(weights, "ann/odd", "could not be read")
 
 
@@ -303,7 +231,7 @@ async def test_own_files_are_read_without_http(place: Place, hub: Hub, seen: lis
     assert not any(each.startswith("network") for each in seen)
 
 
-KINDS = [AssetKind.LORA, AssetKind.CONTROLNET, AssetKind.EASYCONTROL]
+KINDS = [kind for kind in AssetKind if kind not in (AssetKind.IMAGE, AssetKind.CONFIG)]
 OUTSIDE = [
     "",
     " ",
@@ -459,7 +387,7 @@ async def test_fifty_callers_share_one_download(place: Place, hub: Hub) -> None:
     lines: list[list[str]] = [[] for _ in range(50)]
     leases = await asyncio.gather(*(weights.locate(asset, BASE, each.append) for each in lines))
     assert len({lease.path for lease in leases}) == 1 and set(hub.asked.values()) == {1}
-    assert all(each == ["downloading ann/one: 0 of 1 MB"] for each in lines)
+    assert all(each == ["downloading ann/one/lora.safetensors: 0 of 1 MB"] for each in lines)
     for lease in leases:
         lease.release()
 

@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import io
+import tarfile
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,22 @@ from safetensors.torch import save, save_file
 from deployments.files.store import FileStore, open_files
 from deployments.worker import Worker
 from pipelines import zoo
-from pipelines.base import Assets
+from pipelines.base import Assets, Outcome
 from pipelines.registry import ENDPOINTS, endpoint
-from schemas.assets import Asset, AssetKind
+from pipelines.sd import loading
+from schemas.assets import Asset, AssetKind, weights
 from schemas.endpoints import flux_general_rf_inversion as general
+from schemas.endpoints import lora_image_to_image as anything
 from schemas.endpoints.flux_dev import Input, Output
-from schemas.errors import InputError, RequestFailed
+from schemas.errors import AssetError, InputError, RequestFailed
 from schemas.jobs import Job, JobResult, Logged, Previewed, Update
-from schemas.settings import FetchSettings, Limits, ModelSettings, WeightSettings
+from schemas.settings import BaseSettings, FetchSettings, Limits, ModelSettings, WeightSettings
 from tests.support.fields import TestT, shows
 from tests.support.hub import Hub, serving
 from tests.support.jobs import ENDPOINT, make_job
 
 FIELDS = {"prompt": "x", "image_size": {"width": 64, "height": 48}, "num_inference_steps": 2, "seed": 5}
+BLACK = ((0, 0),) * 3
 Make = Callable[..., Worker]
 
 
@@ -85,6 +90,9 @@ def lines(told: list[Update]) -> list[str]:
 
 
 def picture(url: str) -> Image.Image:
+    """What is behind the URL of an answer: in it, or in the store."""
+    if url.startswith("file://"):
+        return Image.open(url.removeprefix("file://"))
     kind, _, data = url.partition(";base64,")
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == f"data:{image.get_format_mimetype()}"
@@ -139,8 +147,10 @@ def answer(make_worker: Make, flux_folder: Path) -> Answer:
         model = families[endpoint(endpoint_id).family]()
         worker = make_worker(endpoints=(endpoint_id,), **model, **(settings or {}))
         pictures = [name for name in ("image_url", "control_image_url") if has(endpoint_id, name)]
-        known = FIELDS | dict.fromkeys(pictures, data_uri((64, 48)))
+        known = FIELDS | dict.fromkeys(pictures, data_uri((64, 64)))
         known["image_size"] = {"width": 64, "height": 64}
+        if has(endpoint_id, "model_name"):
+            known["model_name"] = model["model"]
         *_, last = await updates(worker, make_job(endpoint_id=endpoint_id, input=known | fields))
         assert last.result is not None
         return last.result.output()
@@ -177,7 +187,7 @@ async def test_pictures_are_kept_and_their_urls_lead_to_the_callers_server(
 
 
 @shows_everywhere("sync_mode")
-@EVERY
+@pytest.mark.parametrize("endpoint_id", [each for each in ENDPOINTS if has(each, "sync_mode")])
 async def test_sync_mode_puts_the_picture_into_the_answer_and_not_into_the_store(
     answer: Answer, tmp_path: Path, endpoint_id: str
 ) -> None:
@@ -190,11 +200,19 @@ async def test_sync_mode_puts_the_picture_into_the_answer_and_not_into_the_store
     assert len(list((tmp_path / "files").iterdir())) == 1
 
 
+FORMATS = [
+    (each, name) for each in ENDPOINTS for name in ("output_format", "image_format") if has(each, name)
+]
+
+
 @shows_everywhere("output_format")
+@shows_everywhere("image_format")
 @pytest.mark.parametrize("format", ["jpeg", "png"])
-@pytest.mark.parametrize("endpoint_id", [each for each in ENDPOINTS if has(each, "output_format")])
-async def test_pictures_are_in_the_format_asked_for(answer: Answer, endpoint_id: str, format: str) -> None:
-    output = await answer(endpoint_id, sync_mode=True, output_format=format)
+@pytest.mark.parametrize(("endpoint_id", "field"), FORMATS)
+async def test_pictures_are_in_the_format_asked_for(
+    answer: Answer, endpoint_id: str, field: str, format: str
+) -> None:
+    output = await answer(endpoint_id, sync_mode=True, **{field: format})
     assert output["images"][0]["content_type"] == f"image/{format}"
     with picture(output["images"][0]["url"]) as image:
         assert image.format == format.upper()
@@ -211,11 +229,11 @@ async def test_unsafe_pictures_are_black_flagged_and_of_the_same_size(
     for each in checked["images"]:
         with picture(each["url"]) as image:
             assert image.size == (64, 64)
-            assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
+            assert image.getextrema() == BLACK
     unchecked = await answer(endpoint_id, strict, sync_mode=True, enable_safety_checker=False)
     assert unchecked["has_nsfw_concepts"] == [False]
     with picture(unchecked["images"][0]["url"]) as image:
-        assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
+        assert image.getextrema() != BLACK
 
 
 async def test_safe_pictures_pass_the_checker(make_worker: Make, safety_folder: Path) -> None:
@@ -307,6 +325,174 @@ async def test_a_direct_call_is_typed_and_raises(make_worker: Make) -> None:
     assert raised.value.status == 404
 
 
+# -- what is held for a job beside the model
+
+
+class Room:
+    """A pipeline's `hold` that waits, for jobs with the prompt "wait", until it is opened."""
+
+    def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.told: list[str] = []
+        self._pipeline = worker._pipelines[ENDPOINT]
+        finish = self._pipeline.finish
+
+        def finished(sample: Any) -> Any:
+            self.told.append("finish")
+            return finish(sample)
+
+        monkeypatch.setattr(self._pipeline, "hold", self.hold)
+        monkeypatch.setattr(self._pipeline, "finish", finished)
+
+    def hold(self, request: Any, assets: Assets) -> ExitStack:
+        if request.prompt == "wait":
+            self.told.append("wait")
+            assert self.opened.wait(20)
+        self.told.append("hold")
+        held = ExitStack()
+        held.callback(self.told.append, "let go")
+        return held
+
+
+async def test_a_job_that_waits_for_room_stops_no_other(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(concurrency=2)
+    room = Room(worker, monkeypatch)
+    waiting = asyncio.create_task(result(worker, prompt="wait"))
+    await became(lambda: room.told == ["wait"])
+    for _ in range(2):
+        assert (await result(worker)).status == 200
+    assert not waiting.done()
+    room.opened.set()
+    assert (await waiting).status == 200
+
+
+async def test_what_is_held_stays_until_the_pictures_are_decoded(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+    room = Room(worker, monkeypatch)
+    assert (await result(worker, num_images=2)).status == 200
+    assert room.told == ["hold", "finish", "finish", "let go"]
+
+
+async def test_a_job_that_is_given_up_while_it_waits_for_room_holds_none(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(concurrency=1)
+    room = Room(worker, monkeypatch)
+    waiting = asyncio.create_task(result(worker, prompt="wait"))
+    await became(lambda: room.told == ["wait"])
+    waiting.cancel()
+    await asyncio.sleep(0.1)
+    assert room.told == ["wait"]
+    room.opened.set()
+    await became(lambda: room.told == ["wait", "hold", "let go"])
+    assert (await result(worker)).status == 200
+
+
+async def test_a_job_that_waits_for_room_does_not_stop_the_end(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+    room = Room(worker, monkeypatch)
+    waiting = asyncio.create_task(result(worker, prompt="wait"))
+    await became(lambda: room.told == ["wait"])
+    worker.close()
+    room.opened.set()
+    waiting.cancel()
+    await became(lambda: room.told[-1] == "let go")
+
+
+async def test_what_cannot_be_held_is_told_of_its_field(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+
+    def hold(request: Any, assets: Assets) -> ExitStack:
+        raise AssetError("It does not fit.", "file_too_large").at(("body", "model_name"))
+
+    monkeypatch.setattr(worker._pipelines[ENDPOINT], "hold", hold)
+    refused = await result(worker)
+    assert refused.status == 422
+    assert refused.body["detail"][0]["loc"] == ["body", "model_name"]
+
+
+# -- what comes out besides
+
+
+@pytest.fixture
+def outcome_of(make_worker: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[Outcome]]:
+    """What a pipeline is given to answer with; it has traced two pictures."""
+    traced = [("0_0001", Image.new("RGB", (8, 6), "red")), ("0_0002", Image.new("RGB", (8, 6), "white"))]
+
+    async def outcome_of(settings: dict[str, Any], **fields: Any) -> Outcome:
+        worker = make_worker(**settings)
+        pipeline = worker._pipelines[ENDPOINT]
+        found: list[Outcome] = []
+        answer = pipeline.answer
+
+        def told(request: Any, outcome: Outcome) -> Any:
+            found.append(outcome)
+            return answer(request, outcome)
+
+        monkeypatch.setattr(pipeline, "traces", lambda generation: {"debug_latents": iter(traced)})
+        monkeypatch.setattr(pipeline, "answer", told)
+        *_, last = await updates(worker, make_job(input=FIELDS | fields, base_url="http://box"))
+        assert last.result is not None and last.result.status == 200
+        return found[-1]
+
+    return outcome_of
+
+
+async def stored(files: FileStore, url: str) -> tuple[str, bytes]:
+    """The type and the bytes of a file in the store."""
+    found = await files.open(url.removeprefix("http://box/files/"))
+    assert found is not None
+    return found.content_type, b"".join([chunk async for chunk in found.chunks])
+
+
+@pytest.mark.parametrize("flags", [False, True])
+async def test_traces_are_tars_of_checked_pictures(
+    outcome_of: Callable[..., Awaitable[Outcome]],
+    files: FileStore,
+    safety_folder: Path,
+    flag_all_folder: Path,
+    flags: bool,
+) -> None:
+    checker = flag_all_folder if flags else safety_folder
+    outcome = await outcome_of({"safety_checker": str(checker)}, enable_safety_checker=True)
+    [(field, file)] = outcome.traces.items()
+    kind, data = await stored(files, file.url)
+    assert field == "debug_latents"
+    assert (file.content_type, file.file_name, file.file_size) == (kind, "debug_latents.tar", len(data))
+    assert kind == "application/x-tar"
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames() == ["0_0001.png", "0_0002.png"]
+        for name, colour in zip(tar.getnames(), ((255, 0, 0), (255, 255, 255)), strict=True):
+            member = tar.extractfile(name)
+            assert member is not None
+            with Image.open(member) as image:
+                assert (image.format, image.size) == ("PNG", (8, 6))
+                assert image.getpixel((0, 0)) == ((0, 0, 0) if flags else colour)
+
+
+async def test_a_pictures_file_is_told_in_full(
+    outcome_of: Callable[..., Awaitable[Outcome]], files: FileStore
+) -> None:
+    [kept] = (await outcome_of({})).pictures
+    kind, data = await stored(files, kept.url)
+    assert (kept.content_type, kept.file_size, kept.width, kept.height) == (kind, len(data), 64, 48)
+    assert kept.url == f"http://box/files/{kept.file_name}"
+    [inline] = (await outcome_of({}, sync_mode=True)).pictures
+    head, _, body = inline.url.partition(",")
+    assert head == "data:image/jpeg;base64"
+    assert (inline.content_type, inline.file_name) == ("image/jpeg", "image.jpeg")
+    assert inline.file_size == len(base64.b64decode(body))
+
+
+ANYTHING = "fal-ai/lora/image-to-image"
 REMAKE = "fal-ai/flux-lora/image-to-image"
 
 
@@ -433,6 +619,148 @@ async def test_a_file_that_is_none_is_named_by_all_its_fields(fetch: Fetch) -> N
         (*net, "config_url"): "file_download_error",
         (*net, "control_image_url"): "file_download_error",
     }
+
+
+@pytest.fixture
+def named_in_full(make_worker: Make, tmp_path: Path) -> Callable[[str], Worker]:
+    """A worker that fetches from a hub at a URL."""
+
+    def make(hub_url: str) -> Worker:
+        return make_worker(
+            fetch=FetchSettings(allowed_networks=("127.0.0.0/8",), allowed_ports=()),
+            weights=WeightSettings(cache=f"file://{tmp_path}/weights", hub_url=hub_url),
+            bases=BaseSettings(allow=("ann/*",), names={"tiny": "zoo:sd15"}),
+            faces={"buffalo": str(tmp_path)},
+        )
+
+    return make
+
+
+def full_request(cat: str) -> anything.Input:
+    """A request that names weights of every kind on the Hub."""
+    adapter = {"path": "ann/ip", "model_subfolder": "models", "weight_name": "ip.bin"}
+    fields = {
+        "prompt": "x",
+        "model_name": "ann/sd",
+        "unet_name": "ann/unet/unet.safetensors",
+        "image_encoder_path": "ann/ip",
+        "image_encoder_subfolder": "models/encoder",
+        "ic_light_model_url": "ann/light",
+        "ic_light_image_url": cat,
+        "loras": [{"path": "ann/lora"}],
+        "embeddings": [{"path": "ann/words"}],
+        "controlnets": [{"path": "ann/net", "image_url": cat}],
+        "ip_adapter": [adapter | {"ip_adapter_image_url": cat, "insight_face_model_path": "buffalo"}],
+    }
+    return anything.Input.model_validate(fields)
+
+
+def put_everything(hub: Hub) -> None:
+    """What the request names."""
+    data = save({"a": torch.zeros(1)})
+    hub.files["/cat.png"] = png((8, 6))
+    hub.put_folder("ann/sd", zoo.locate("sd15"))
+    hub.put("ann/unet", unet=data)
+    hub.put("ann/light", light=data)
+    hub.put("ann/lora", pytorch_lora_weights=data)
+    hub.put("ann/words", learned_embeds=data)
+    hub.put("ann/net", diffusion_pytorch_model=data)
+    encoder = {"config.json": b"{}", "model.safetensors": data, "pytorch_model.bin": b"\x80"}
+    encoder = {f"models/encoder/{name}": each for name, each in encoder.items()}
+    hub.put_files("ann/ip", {"models/ip.bin": b"\x80", "models/ip.safetensors": data, **encoder})
+
+
+WEIGHTS_FIELDS = {
+    ("body", "model_name"),
+    ("body", "unet_name"),
+    ("body", "image_encoder_path"),
+    ("body", "ic_light_model_url"),
+    ("body", "loras", 0, "path"),
+    ("body", "embeddings", 0, "path"),
+    ("body", "controlnets", 0, "path"),
+    ("body", "ip_adapter", 0, "path"),
+    ("body", "ip_adapter", 0, "insight_face_model_path"),
+}
+
+
+async def test_weights_of_every_kind_are_fetched_ahead_and_then_there(
+    named_in_full: Callable[[str], Worker], tmp_path: Path
+) -> None:
+    async with serving() as hub:
+        put_everything(hub)
+        worker, request = named_in_full(hub.url), full_request(f"{hub.url}/cat.png")
+        await asyncio.gather(*(worker._keep(asset, make_job()) for asset in weights(request)))
+        ahead = set(hub.asked)
+        async with AsyncExitStack() as stack:
+            files = await worker._fetch(make_job(), request, stack, lambda event: None)
+            assert set(files.weights) == WEIGHTS_FIELDS
+            assert (files.weights["body", "model_name"] / "unet" / "config.json").is_file()
+            assert {each.name for each in files.weights["body", "image_encoder_path"].iterdir()} == {
+                "config.json",
+                "model.safetensors",
+            }
+            assert files.weights["body", "ip_adapter", 0, "insight_face_model_path"] == tmp_path
+        assert set(hub.asked) - ahead == {"/cat.png"} and set(hub.asked.values()) == {1}
+        assert not [path for path in hub.asked if path.endswith(".bin")]
+
+
+async def test_every_weights_file_that_cannot_be_had_is_named(named_in_full: Callable[[str], Worker]) -> None:
+    async with serving() as hub:
+        hub.files["/cat.png"] = png((8, 6))
+        request = full_request(f"{hub.url}/cat.png")
+        request = request.model_copy(update={"model_name": "eve/sd"})
+        adapter = request.ip_adapter[0].model_copy(update={"insight_face_model_path": "eve/faces"})
+        request = request.model_copy(update={"ip_adapter": [adapter]})
+        with pytest.raises(InputError) as raised:
+            async with AsyncExitStack() as stack:
+                await named_in_full(hub.url)._fetch(make_job(), request, stack, lambda event: None)
+    faults = {fault.loc: fault.msg for fault in raised.value.fields}
+    assert set(faults) == WEIGHTS_FIELDS
+    assert faults["body", "model_name"].startswith("This server does not serve this model. It serves tiny")
+    assert faults["body", "ip_adapter", 0, "insight_face_model_path"].endswith("for faces are buffalo.")
+
+
+async def test_the_model_of_the_start_is_named_without_a_download(
+    named_in_full: Callable[[str], Worker],
+) -> None:
+    async with serving() as hub:
+        worker = named_in_full(hub.url)
+        for source, path in (
+            (worker._settings.model, Path(worker._settings.model)),
+            ("tiny", zoo.locate("sd15")),
+        ):
+            request = anything.Input(prompt="x", model_name=source)
+            async with AsyncExitStack() as stack:
+                files = await worker._fetch(make_job(), request, stack, lambda event: None)
+            assert files.weights == {("body", "model_name"): path}
+        assert not hub.asked
+
+
+async def test_a_model_of_the_hub_is_loaded_once_for_all_who_name_it(
+    make_worker: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    inspect = loading.inspect
+
+    def noted(source: Any, *args: Any, **more: Any) -> Any:
+        loaded.append(source)
+        return inspect(source, *args, **more)
+
+    monkeypatch.setattr(loading, "inspect", noted)
+    async with serving() as hub:
+        hub.put_folder("ann/sd", zoo.locate("sd15"))
+        worker = make_worker(
+            model=str(zoo.locate("sdxl")),
+            endpoints=(ANYTHING,),
+            fetch=FetchSettings(allowed_networks=("127.0.0.0/8",), allowed_ports=()),
+            weights=WeightSettings(cache=f"file://{tmp_path}/weights", hub_url=hub.url),
+        )
+        fields = {"prompt": "x", "model_name": "ann/sd", "num_inference_steps": 2}
+        job = make_job(endpoint_id=ANYTHING, input=fields | {"image_url": data_uri((64, 64))})
+        for _ in range(2):
+            *_, last = await updates(worker, job)
+            assert last.result is not None and last.result.status == 200
+    assert len(loaded) == 2 and set(hub.asked.values()) == {1}  # the model of the start, and this one
 
 
 # -- weights fetched ahead

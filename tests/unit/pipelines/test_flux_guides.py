@@ -436,13 +436,13 @@ def test_what_does_not_fit_is_refused_with_the_path_of_its_field(
     with pytest.raises(InputError) as raised:
         prepare(edit, start, request(**fields), files | lora_files | made)
     assert raised.value.fields[0].loc == ("body", *loc)
-    assert edit.model.controlnets.pins == edit.model._bank.pins == 0
+    assert edit.model.adapters.pins == edit.model._bank.pins == 0
 
 
 def test_what_a_request_held_is_given_back(edit: Pipeline, start: Picture, files: Files) -> None:
     generation = prepare(edit, start, request(**EVERYTHING), files)
-    assert edit.model.controlnets.pins == 2
+    assert edit.model.adapters.pins == 2
     assert edit.model._bank.pins == 1
     generation.resources.close()
-    assert edit.model.controlnets.pins == edit.model._bank.pins == 0
-    edit.model.controlnets.check_integrity()
+    assert edit.model.adapters.pins == edit.model._bank.pins == 0
+    edit.model.adapters.check_integrity()

@@ -1,7 +1,8 @@
 """Large things beside the model: who stays, who goes, who waits."""
 
 from collections.abc import Callable
-from threading import Thread
+from functools import partial
+from threading import Event, Thread
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ class Loads:
         self.names: list[str] = []
 
     def __call__(self, **sizes: int) -> dict[str, Wanted[str]]:
-        return {name: Wanted(size, self._loader(name)) for name, size in sizes.items()}
+        return {name: Wanted(partial(int, size), self._loader(name)) for name, size in sizes.items()}
 
     def _loader(self, name: str) -> Callable[[], str]:
         def load() -> str:
@@ -68,6 +69,30 @@ def test_what_is_held_stays_and_who_needs_its_room_waits() -> None:
     assert residents.pins == 0
 
 
+def test_what_is_resident_does_not_wait_for_another_load() -> None:
+    residents, loads, may_load, loading = Residents[str](10), Loads(), Event(), Event()
+
+    def load_slowly() -> str:
+        loading.set()
+        assert may_load.wait(10)
+        return "B"
+
+    def take_b() -> None:
+        with residents.holding({"b": Wanted(lambda: 5, load_slowly)}):
+            pass
+
+    with residents.holding(loads(a=5)):
+        pass
+    slow = Thread(target=take_b)
+    slow.start()
+    assert loading.wait(10)
+    with residents.holding(loads(a=5)) as held:
+        assert held == {"a": "A"}
+    may_load.set()
+    slow.join(10)
+    assert loads.names == ["a"]
+
+
 def test_two_that_need_each_others_room_do_not_wait_for_ever() -> None:
     residents = Residents[str](10)
 
@@ -99,7 +124,7 @@ def test_a_failed_load_leaves_nothing_held() -> None:
         raise AssetError("broken", "invalid_weights")
 
     with pytest.raises(AssetError, match="broken"):
-        residents.holding(Loads()(a=3) | {"b": Wanted(3, fail)}).__enter__()
+        residents.holding(Loads()(a=3) | {"b": Wanted(lambda: 3, fail)}).__enter__()
     assert residents.pins == 0
     with residents.holding(Loads()(c=10)) as held:
         assert held == {"c": "C"}

@@ -64,7 +64,7 @@ def copy(folders: dict[Kind, Path], tmp_path: Path) -> Callable[[Kind], Path]:
 
 
 def load(source: Path | str, **more: Any) -> Parts:
-    return loading.load(source, "cpu", more.pop("dtype", torch.float32), **more)
+    return loading.inspect(source, more.pop("dtype", torch.float32), **more).load("cpu")
 
 
 def refusal(source: Path | str, **more: Any) -> str:

@@ -614,7 +614,7 @@ BAD: list[tuple[str | None, dict[str, Any], str]] = [
     # too few, too many
     ("Euler", {"sigmas": [9]}, "at least two"),
     ("Euler", {"timesteps": list(range(150, -1, -1))}, "At most 150 entries are taken, 151"),
-    ("Euler", {"sigmas": list(range(150, -1, -1))}, "At most 150 entries are taken, 151"),
+    ("Euler", {"sigmas": list(range(151, -1, -1))}, "At most 151 entries are taken, 152"),
     # no such scheduler
     ("euler", {}, "no scheduler 'euler'; there are DPM"),
 ]  # fmt: skip

@@ -1,0 +1,52 @@
+"""What a replica tells the router that it holds."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+from deployments.affinity import Holding, Tier
+from schemas.assets import Asset
+
+MOST = 500  # weights that are told of: those used last
+
+
+class Keeper(Protocol):
+    """Whoever has weights in memory."""
+
+    def on_device(self, path: Path) -> bool: ...
+    def in_ram(self, path: Path) -> bool: ...
+
+
+class Holdings:
+    """The weights that requests have named, and where they are now."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._found: OrderedDict[str, tuple[Path, int]] = OrderedDict()  # used last comes last
+
+    def note(self, asset: Asset, path: Path) -> None:
+        """A request's weights are at `path` on disk."""
+        self._found[asset.digest] = path, _nbytes(path)
+        self._found.move_to_end(asset.digest)
+        while len(self._found) > MOST:
+            self._found.popitem(last=False)
+
+    def told(self) -> dict[str, Holding]:
+        """By the assets' digests, what is still here."""
+        return {
+            digest: Holding(tier, nbytes)
+            for digest, (path, nbytes) in self._found.items()
+            if (tier := self._tier(path))
+        }
+
+    def _tier(self, path: Path) -> Tier | None:
+        if self._keeper.on_device(path):
+            return Tier.DEVICE
+        if self._keeper.in_ram(path):
+            return Tier.RAM
+        return Tier.DISK if path.exists() else None
+
+
+def _nbytes(path: Path) -> int:
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
