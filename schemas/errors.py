@@ -6,6 +6,8 @@
     │   ├── InputError          422, a list of fields and what to change
     │   ├── AssetError          422, before the field that named the file is known
     │   ├── BadRequest          400
+    │   ├── KeyReused           422
+    │   ├── Erased              410
     │   ├── NotAuthenticated    401
     │   ├── Forbidden           403
     │   ├── NotFound            404
@@ -115,6 +117,23 @@ class AssetError(RequestError):
 
 class BadRequest(RequestError):
     """The request itself is malformed."""
+
+
+class KeyReused(RequestError):
+    """An Idempotency-Key came again with another input."""
+
+    status = 422
+    error_type = "idempotency_key_reused"
+
+
+class Erased(RequestError):
+    """The caller had the request's payloads deleted."""
+
+    status = 410
+    error_type = "payloads_deleted"
+
+    def __init__(self, message: str = "The payloads of this request were deleted.") -> None:
+        super().__init__(message)
 
 
 class NotAuthenticated(RequestError):

@@ -77,6 +77,12 @@ class FrontSettings(Settings):
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="of an uploaded file")
+    run_grace_s: float = Field(
+        15, gt=0, description="after so long a run answers 200, and with spaces until its output is there"
+    )
+    linger_s: float = Field(
+        5, gt=0, description="a run whose caller left is cancelled so much later, unless the call comes again"
+    )
     openai_models: dict[str, OpenAIModel] = Field(
         default_factory=dict,
         description="names that /v1/images takes beside endpoint ids: {gpt-image-2: {generations: …}}",

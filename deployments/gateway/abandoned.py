@@ -4,37 +4,35 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.types import Receive
 
 from deployments.gateway.gateway import Gateway
 from schemas.jobs import Job
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 _cancelling: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks only weakly
 
 
-async def while_connected(
-    request: Request, gateway: Gateway, job: Job, work: Coroutine[Any, Any, Any]
-) -> Any:
-    """The outcome of `work`, or None if the client left before it; then the job is cancelled."""
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The outcome of `work`, or None if the client left before it. The body must have been read."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnect(request))
+    leaving = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
         leaving.cancel()
-        if not working.done():
-            working.cancel()
-            abandon(gateway, job)
+        working.cancel()
 
 
-async def _disconnect(request: Request) -> None:
-    """Wait until the client is gone. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnect(receive: Receive) -> None:
+    """Wait until the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

@@ -13,6 +13,7 @@ from deployments.gateway import (
     answers,
     body,
     downloads,
+    history,
     middleware,
     models,
     openai,
@@ -24,7 +25,9 @@ from deployments.gateway import (
 )
 from deployments.gateway.abandoned import abandon, while_connected
 from deployments.gateway.addresses import METHODS, Verb, queue_path
-from deployments.gateway.gateway import Accepted, Caller, Gateway
+from deployments.gateway.attendance import Attendance
+from deployments.gateway.gateway import Accepted, Caller, Gateway, fingerprint
+from deployments.gateway.keep_alive import KeptAlive
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
 from schemas.jobs import JobResult, Previewed, Record, Snapshot
@@ -36,7 +39,8 @@ Ready = Callable[[], Awaitable[bool]]
 
 def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
     """The ASGI application. `ready` tells whether every model can take a request."""
-    http = _Http(gateway, ready)
+    attendance = Attendance(gateway, gateway.settings.linger_s)
+    http = _Http(gateway, attendance, ready)
     everything = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
     routes = [
         Route("/", http.about),
@@ -47,7 +51,8 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         *models.routes(gateway),
         *tokens.routes(keys),
         *realtime.routes(gateway, keys),
-        *openai.routes(gateway),
+        *openai.routes(gateway, attendance),
+        *history.routes(gateway),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
         Route("/rest/{path:path}", http.unknown, methods=everything),
@@ -65,8 +70,9 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
 
 
 class _Http:
-    def __init__(self, gateway: Gateway, ready: Ready) -> None:
+    def __init__(self, gateway: Gateway, attendance: Attendance, ready: Ready) -> None:
         self._gateway = gateway
+        self._attendance = attendance
         self._ready = ready
 
     async def about(self, request: Request) -> Response:
@@ -88,8 +94,7 @@ class _Http:
         if request.method not in METHODS[path.verb]:
             raise MethodNotAllowed(f"Use {' or '.join(METHODS[path.verb])} here.")
         if path.verb == Verb.SUBMIT:
-            accepted = await self._submit(request, path.app)
-            return answers.receipt(accepted.job, accepted.receipt.position, accepted.ignored)
+            return await self._enqueue(request, path.app)
         caller = self._caller(request)
         record = await self._gateway.record(path.app, path.request_id, caller.tenant)
         answer = {
@@ -99,6 +104,14 @@ class _Http:
             Verb.CANCEL: self._cancel,
         }[path.verb]
         return await answer(request, caller, record)
+
+    async def _enqueue(self, request: Request, endpoint_id: str) -> Response:
+        fields = await self._fields(request)
+        call = f"queue {request.state.tenant} {fingerprint(endpoint_id, fields)}"
+        accepted = self._attendance.returning(call) or await self._submit(request, endpoint_id, fields)
+        if await request.is_disconnected():
+            self._attendance.missed(call, accepted, cancels=False)
+        return answers.receipt(accepted.job, accepted.receipt, accepted.ignored)
 
     async def _status(self, request: Request, caller: Caller, record: Record) -> Response:
         request_id = record.job.request_id
@@ -132,27 +145,39 @@ class _Http:
         endpoint_id = path.removesuffix("/stream")
         if endpoint_id != path and path not in self._gateway.endpoints:
             return await self._stream(request, endpoint_id)
-        accepted = await self._submit(request, path)
-        job = accepted.job
-        working = self._gateway.result(job.request_id, job.tenant)
-        found = await while_connected(request, self._gateway, job, working)
-        if found is None:
-            return Response(status_code=499)  # nobody reads it
-        answer = answers.result(found, job.request_id)
-        answer.headers.update(answers.ignored_header(accepted.ignored))
-        return answer
+        fields = await self._fields(request)
+        call = f"run {request.state.tenant} {fingerprint(path, fields)}"
+        accepted = self._attendance.returning(call) or await self._submit(request, path, fields)
+        request_id = accepted.job.request_id
+        headers = {answers.REQUEST_ID: request_id, **answers.ignored_header(accepted.ignored)}
+        with self._attendance.visit(call, accepted) as visit:
+            waiting = asyncio.wait([visit.result], timeout=self._gateway.settings.run_grace_s)
+            if await while_connected(request.receive, waiting) is None:
+                return Response(status_code=499)  # nobody reads it
+            if not visit.result.done():
+                return KeptAlive(visit, headers)
+            answer = answers.result(visit.result.result(), request_id)
+            answer.headers.update(headers)
+            visit.is_served = True
+            return answer
 
     async def _stream(self, request: Request, endpoint_id: str) -> Response:
         """Previews as server-sent events, the output as the last one. An error before the first
         event is an ordinary answer; a later one is an event with `error`."""
-        accepted = await self._submit(request, endpoint_id, previews=True)
+        fields = await self._fields(request)
+        accepted = await self._submit(request, endpoint_id, fields, previews=True)
         job = accepted.job
         events = _outputs(self._gateway.watch(job.request_id, job.tenant))
         first = asyncio.ensure_future(anext(events))
         waiting = asyncio.wait([first], timeout=GRACE_S)
-        done = await while_connected(request, self._gateway, job, waiting)
-        if done is None:
-            first.cancel()
+        has_left = True
+        try:
+            has_left = await while_connected(request.receive, waiting) is None
+        finally:
+            if has_left:
+                first.cancel()
+                abandon(self._gateway, job)
+        if has_left:
             return Response(status_code=499)
         event = first.result() if first.done() else None
         if isinstance(event, JobResult) and event.error is not None:
@@ -175,15 +200,20 @@ class _Http:
 
         return sse.EventStream(documents(), headers, closed)
 
-    async def _submit(self, request: Request, endpoint_id: str, *, previews: bool = False) -> Accepted:
+    async def _fields(self, request: Request) -> dict[str, Any]:
+        """A call's input: its body, or the query of a GET."""
         if request.method == "GET":
             query = request.query_params.items()
             fields: dict[str, Any] = {k: v for k, v in query if not k.startswith("fal_")}
             body.check(fields)
-        else:
-            limit = self._gateway.settings.max_body_bytes
-            declared = request.headers.get("content-length")
-            fields = body.parse(await body.read(request.stream(), declared, limit))
+            return fields
+        limit = self._gateway.settings.max_body_bytes
+        declared = request.headers.get("content-length")
+        return body.parse(await body.read(request.stream(), declared, limit))
+
+    async def _submit(
+        self, request: Request, endpoint_id: str, fields: dict[str, Any], *, previews: bool = False
+    ) -> Accepted:
         asked = wishes.read(request, previews=previews)
         return await self._gateway.submit(endpoint_id, fields, self._caller(request), asked)
 

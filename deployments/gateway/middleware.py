@@ -31,7 +31,7 @@ PUBLIC_PATHS = ("/health", "/ready", "/v1/models")
 
 _EXPOSED = (
     "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, "
-    "x-fal-billable-units, x-darkroom-ignored-fields, etag"
+    "x-fal-billable-units, x-darkroom-ignored-fields, idempotent-replayed, etag"
 )
 
 

@@ -4,6 +4,7 @@ A field of OpenAI's becomes the endpoint's own by the tables below; a field that
 it is, so that `extra_body={"seed": 7}` works. What neither knows is ignored and named in a header.
 """
 
+import asyncio
 import base64
 import re
 import time
@@ -19,7 +20,8 @@ from starlette.routing import Route
 from deployments.files.fetch import own_key
 from deployments.gateway import answers, body, wishes
 from deployments.gateway.abandoned import while_connected
-from deployments.gateway.gateway import Accepted, Caller, Gateway
+from deployments.gateway.attendance import Attendance
+from deployments.gateway.gateway import Accepted, Caller, Gateway, fingerprint
 from pipelines import registry
 from schemas.errors import BadRequest, BodyTooLarge, DarkroomError, FieldError, InputError, NotFound
 from schemas.fields import EndpointInput
@@ -38,9 +40,9 @@ MAX_PARTS = 64  # of a form
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
 
-def routes(gateway: Gateway) -> list[Route]:
+def routes(gateway: Gateway, attendance: Attendance) -> list[Route]:
     """Where pictures are asked for in OpenAI's way."""
-    http = _Images(gateway)
+    http = _Images(gateway, attendance)
     return [
         Route("/v1/images/generations", http.generations, methods=["POST"]),
         Route("/v1/images/edits", http.edits, methods=["POST"]),
@@ -48,8 +50,9 @@ def routes(gateway: Gateway) -> list[Route]:
 
 
 class _Images:
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, attendance: Attendance) -> None:
         self._gateway = gateway
+        self._attendance = attendance
 
     async def generations(self, request: Request) -> Response:
         return await self._answered(request, {"prompt"}, "generations")
@@ -74,13 +77,14 @@ class _Images:
         if asked.pop("stream", False) in (True, "true"):
             raise _wrong("stream", "Pictures are not streamed here; leave it out", "unsupported")
         endpoint_id = self._endpoint_of(asked.pop("model", None), fields, verb)
-        accepted = await self._submit(request, endpoint_id, asked)
+        call = f"openai {request.state.tenant} {fingerprint(endpoint_id, asked)}"
+        accepted = self._attendance.returning(call) or await self._submit(request, endpoint_id, asked)
         job = accepted.job
-        working = self._gateway.result(job.request_id, job.tenant)
-        found = await while_connected(request, self._gateway, job, working)
-        if found is None:
-            return Response(status_code=499)  # nobody reads it
-        output = found.output()
+        with self._attendance.visit(call, accepted) as visit:
+            if await while_connected(request.receive, asyncio.wait([visit.result])) is None:
+                return Response(status_code=499)  # nobody reads it
+            visit.is_served = True
+        output = visit.result.result().output()
         data = [await self._picture(image["url"], job.base_url, shape) for image in output["images"]]
         headers = {answers.REQUEST_ID: job.request_id, **answers.ignored_header(accepted.ignored)}
         return answers.Json({"created": int(time.time()), "data": data}, 200, headers)

@@ -8,6 +8,7 @@ from schemas.errors import BadRequest
 from schemas.jobs import Priority
 
 MIN_START_TIMEOUT_S = 0.1
+MAX_KEY = 255  # characters of an Idempotency-Key
 
 
 def base_url(request: HTTPConnection) -> str:
@@ -32,7 +33,16 @@ def read(request: Request, *, previews: bool) -> Wishes:
         webhook_url=_webhook_url(request),
         max_queue_length=_max_queue_length(request),
         previews=previews,
+        idempotency_key=_idempotency_key(request),
     )
+
+
+def _idempotency_key(request: Request) -> str | None:
+    """draft-ietf-httpapi-idempotency-key-header"""
+    text = request.headers.get("idempotency-key")
+    if text is not None and not (text.isascii() and text.isprintable() and 1 <= len(text) <= MAX_KEY):
+        raise BadRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters.")
+    return text
 
 
 def _webhook_url(request: Request) -> str | None:
