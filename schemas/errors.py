@@ -19,6 +19,7 @@
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
         ├── StoreDown           503, the queue's database or the file store cannot be reached or written
+        ├── BrokenOff           500, an answer that has begun cannot be finished
         ├── InternalError       500, the model failed on a valid request
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
@@ -231,6 +232,10 @@ class InternalError(ServerError):
     def body(self) -> dict[str, Any]:
         detail = FieldError(("body",), self.message, self.error_type)
         return {"detail": [detail.body()], "error_type": self.error_type, "message": self.message}
+
+
+class BrokenOff(ServerError):
+    """An answer that has begun cannot be finished: the connection ends in the middle of it."""
 
 
 class StoreDown(ServerError):

@@ -11,11 +11,23 @@ is the same only under an Idempotency-Key.
 import asyncio
 import contextvars
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
 
 from deployments.gateway.abandoned import abandon
-from deployments.gateway.gateway import Accepted, Gateway
+from deployments.gateway.gateway import Accepted, Gateway, fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    """What a call came to, whose answer nobody got, and when that is forgotten."""
+
+    accepted: Accepted
+    end: asyncio.TimerHandle
 
 
 class Attendance:
@@ -25,11 +37,15 @@ class Attendance:
         self._gateway = gateway
         self._linger_s = linger_s
         self._waiting: Counter[str] = Counter()  # callers, by request id
-        self._left: dict[str, Accepted] = {}  # by call: what it came to, whose answer nobody got
+        self._left: dict[str, _Missed] = {}  # by call
 
     def returning(self, call: str) -> Accepted | None:
         """What the same call was accepted as, if its caller has just left."""
-        return self._left.pop(call, None)
+        missed = self._left.pop(call, None)
+        if missed is None:
+            return None
+        missed.end.cancel()
+        return missed.accepted
 
     @contextmanager
     def visit(self, call: str, accepted: Accepted) -> Iterator["Visit"]:
@@ -54,17 +70,17 @@ class Attendance:
 
     def missed(self, call: str, accepted: Accepted, *, cancels: bool = True) -> None:
         """Nobody got the answer to a call. It may come again; if it does not, the request is cancelled."""
-        self._left[call] = accepted
 
         def forget() -> None:
-            if self._left.get(call) is accepted:
+            if self._left.get(call) is missed:
                 del self._left[call]
             is_awaited = accepted.job.request_id in self._waiting
             if cancels and not accepted.receipt.replayed and not is_awaited:
                 abandon(self._gateway, accepted.job)
 
         loop = asyncio.get_running_loop()
-        loop.call_later(self._linger_s, forget, context=contextvars.Context())
+        end = loop.call_later(self._linger_s, forget, context=contextvars.Context())
+        missed = self._left[call] = _Missed(accepted, end)
 
 
 class Visit:
@@ -82,3 +98,9 @@ class Visit:
     def end(self) -> None:
         self.result.cancel()
         self._attendance.leave(self._call, self._accepted, served=self.is_served)
+
+
+def call(verb: str, request: Request, endpoint_id: str, fields: Mapping[str, Any]) -> str:
+    """The same for the same call of the same caller. A new Idempotency-Key makes it another."""
+    key = request.headers.get("idempotency-key", "")
+    return f"{verb} {request.state.tenant} {fingerprint(endpoint_id, fields)} {key}"

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from deployments.gateway import (
     answers,
+    attendance,
     body,
     downloads,
     history,
@@ -26,7 +27,7 @@ from deployments.gateway import (
 from deployments.gateway.abandoned import abandon, while_connected
 from deployments.gateway.addresses import METHODS, Verb, queue_path
 from deployments.gateway.attendance import Attendance
-from deployments.gateway.gateway import Accepted, Caller, Gateway, fingerprint
+from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keep_alive import KeptAlive
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
@@ -39,8 +40,8 @@ Ready = Callable[[], Awaitable[bool]]
 
 def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
     """The ASGI application. `ready` tells whether every model can take a request."""
-    attendance = Attendance(gateway, gateway.settings.linger_s)
-    http = _Http(gateway, attendance, ready)
+    present = Attendance(gateway, gateway.settings.linger_s)
+    http = _Http(gateway, present, ready)
     everything = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
     routes = [
         Route("/", http.about),
@@ -51,7 +52,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
         *models.routes(gateway),
         *tokens.routes(keys),
         *realtime.routes(gateway, keys),
-        *openai.routes(gateway, attendance),
+        *openai.routes(gateway, present),
         *history.routes(gateway),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
@@ -70,9 +71,9 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
 
 
 class _Http:
-    def __init__(self, gateway: Gateway, attendance: Attendance, ready: Ready) -> None:
+    def __init__(self, gateway: Gateway, present: Attendance, ready: Ready) -> None:
         self._gateway = gateway
-        self._attendance = attendance
+        self._attendance = present
         self._ready = ready
 
     async def about(self, request: Request) -> Response:
@@ -107,7 +108,7 @@ class _Http:
 
     async def _enqueue(self, request: Request, endpoint_id: str) -> Response:
         fields = await self._fields(request)
-        call = f"queue {request.state.tenant} {fingerprint(endpoint_id, fields)}"
+        call = attendance.call("queue", request, endpoint_id, fields)
         accepted = self._attendance.returning(call) or await self._submit(request, endpoint_id, fields)
         if await request.is_disconnected():
             self._attendance.missed(call, accepted, cancels=False)
@@ -146,7 +147,7 @@ class _Http:
         if endpoint_id != path and path not in self._gateway.endpoints:
             return await self._stream(request, endpoint_id)
         fields = await self._fields(request)
-        call = f"run {request.state.tenant} {fingerprint(path, fields)}"
+        call = attendance.call("run", request, path, fields)
         accepted = self._attendance.returning(call) or await self._submit(request, path, fields)
         request_id = accepted.job.request_id
         headers = {answers.REQUEST_ID: request_id, **answers.ignored_header(accepted.ignored)}

@@ -14,13 +14,9 @@ from starlette.types import Receive, Scope, Send
 from deployments.gateway import answers
 from deployments.gateway.abandoned import while_connected
 from deployments.gateway.attendance import Visit
-from schemas.errors import DarkroomError
+from schemas.errors import BrokenOff
 
 SPACE_S = 15.0  # between two spaces
-
-
-class BrokenOff(DarkroomError):
-    """The answer cannot be given any more; the message says what it was."""
 
 
 class KeptAlive(StreamingResponse):

@@ -18,10 +18,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.files.fetch import own_key
-from deployments.gateway import answers, body, wishes
+from deployments.gateway import answers, attendance, body, wishes
 from deployments.gateway.abandoned import while_connected
 from deployments.gateway.attendance import Attendance
-from deployments.gateway.gateway import Accepted, Caller, Gateway, fingerprint
+from deployments.gateway.gateway import Accepted, Caller, Gateway
 from pipelines import registry
 from schemas.errors import BadRequest, BodyTooLarge, DarkroomError, FieldError, InputError, NotFound
 from schemas.fields import EndpointInput
@@ -40,9 +40,9 @@ MAX_PARTS = 64  # of a form
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
 
-def routes(gateway: Gateway, attendance: Attendance) -> list[Route]:
+def routes(gateway: Gateway, present: Attendance) -> list[Route]:
     """Where pictures are asked for in OpenAI's way."""
-    http = _Images(gateway, attendance)
+    http = _Images(gateway, present)
     return [
         Route("/v1/images/generations", http.generations, methods=["POST"]),
         Route("/v1/images/edits", http.edits, methods=["POST"]),
@@ -50,9 +50,9 @@ def routes(gateway: Gateway, attendance: Attendance) -> list[Route]:
 
 
 class _Images:
-    def __init__(self, gateway: Gateway, attendance: Attendance) -> None:
+    def __init__(self, gateway: Gateway, present: Attendance) -> None:
         self._gateway = gateway
-        self._attendance = attendance
+        self._attendance = present
 
     async def generations(self, request: Request) -> Response:
         return await self._answered(request, {"prompt"}, "generations")
@@ -77,7 +77,7 @@ class _Images:
         if asked.pop("stream", False) in (True, "true"):
             raise _wrong("stream", "Pictures are not streamed here; leave it out", "unsupported")
         endpoint_id = self._endpoint_of(asked.pop("model", None), fields, verb)
-        call = f"openai {request.state.tenant} {fingerprint(endpoint_id, asked)}"
+        call = attendance.call(shape, request, endpoint_id, asked)
         accepted = self._attendance.returning(call) or await self._submit(request, endpoint_id, asked)
         job = accepted.job
         with self._attendance.visit(call, accepted) as visit:

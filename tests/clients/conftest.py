@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for the whole suite. Each model runs one request at a time, so that others can be seen to
     wait, and may fetch from this machine."""
     folder = tmp_path_factory.mktemp("clients")
-    front = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
+    front = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES, "run_grace_s": 5}
     here = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
     model = {"fetch": here, "weights": {"cache": f"file://{folder}/weights"}}
     path = write_config(folder, front=front, model=model, models=MODELS)

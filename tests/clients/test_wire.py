@@ -273,6 +273,37 @@ def test_a_run_whose_caller_leaves_is_cancelled(
     bob.put(probe["cancel_url"])
 
 
+# --- runs that take long, and calls that come again ---
+
+
+def test_a_long_run_is_kept_alive_and_cancelled_when_its_caller_leaves(alice: httpx.Client) -> None:
+    with alice.stream("POST", f"/run/{ENDPOINT}", json=LONG) as answer:
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+        assert next(answer.iter_raw()) == b" "
+    url = f"/queue/{APP}/requests/{answer.headers['x-fal-request-id']}/status"
+    assert finished(alice, {"status_url": url})["error_type"] == "client_cancelled"
+
+
+def test_a_long_run_that_ends_badly_breaks_off_and_says_why_when_it_comes_again(alice: httpx.Client) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        with alice.stream("POST", f"/run/{ENDPOINT}", json=LONG) as answer:
+            chunks = answer.iter_raw()
+            assert next(chunks) == b" "
+            request_id = answer.headers["x-fal-request-id"]
+            assert alice.put(f"/queue/{APP}/requests/{request_id}/cancel").status_code == 202
+            assert set(chunks) <= {b" "}
+    again = alice.post(f"/run/{ENDPOINT}", json=LONG)
+    assert (again.status_code, again.headers["x-fal-request-id"]) == (499, request_id)
+
+
+def test_a_submit_under_a_known_key_is_answered_with_its_request(alice: httpx.Client) -> None:
+    headers = {"idempotency-key": str(uuid4())}
+    first, second = (alice.post(f"/queue/{ENDPOINT}", json=SMALL, headers=headers) for _ in range(2))
+    assert first.json()["request_id"] == second.json()["request_id"]
+    listed = alice.get("/v1/models/requests", params={"limit": 1}).json()["items"]
+    assert [item["request_id"] for item in listed] == [first.json()["request_id"]]
+
+
 # --- addresses ---
 
 
