@@ -13,8 +13,12 @@ demo: .venv/.demo
 serve: .venv/.demo
 	$(BIN)/darkroom serve
 
+# The tests that start servers run one after another; the rest on all cores.
+SERVERS := tests/serve tests/clients tests/faults
+
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(SERVERS))
+	$(BIN)/python -m pytest $(SERVERS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, Popen
@@ -227,11 +227,10 @@ def litserve(batch: int) -> Iterator[LitServe]:
 def wait_until_ready(http: httpx.Client, process: "Popen[str]") -> None:
     while True:
         assert process.poll() is None, "LitServe did not start; is the extra `bench` installed?"
-        try:
+        with suppress(httpx.TransportError):
             if http.get("/health").is_success:
                 return
-        except httpx.TransportError:
-            time.sleep(0.2)
+        time.sleep(0.2)
 
 
 @dataclass(frozen=True, slots=True)

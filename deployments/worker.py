@@ -240,10 +240,12 @@ class Worker:
                 return error
 
         refs = list(assets(request))
-        async with asyncio.TaskGroup() as group:  # what fails otherwise, such as a full disk, ends the rest
-            found = {
-                asset: group.create_task(fetch(asset)) for asset in dict.fromkeys(ref.asset for ref in refs)
-            }
+        wanted = dict.fromkeys(ref.asset for ref in refs)
+        try:
+            async with asyncio.TaskGroup() as group:
+                found = {asset: group.create_task(fetch(asset)) for asset in wanted}
+        except ExceptionGroup as failed:  # such as a full disk; the first has ended the others
+            raise failed.exceptions[0] from None
         return _by_field((ref.loc, found[ref.asset].result()) for ref in refs)
 
     async def _hold(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> ExitStack:
@@ -274,8 +276,9 @@ class Worker:
         emit: Callable[[JobEvent], None],
     ) -> None:
         """Put the samples through the engine, telling of each step."""
-        progress = _Progress(generation.samples, asyncio.get_running_loop())
-        for sample in generation.samples:
+        ahead = [sample for sample in generation.samples if not sample.is_done]
+        progress = _Progress(ahead, asyncio.get_running_loop())
+        for sample in ahead:
             self._engine.add(sample, progress)
         previewed_at = 0.0
         try:
@@ -286,7 +289,7 @@ class Worker:
                     previewed_at = now
                     emit(await self._preview(pipeline, request, generation))
         finally:
-            for sample in generation.samples:
+            for sample in ahead:
                 self._engine.remove(sample)
 
     async def _preview(
@@ -417,7 +420,7 @@ class _Progress:
     """Listens to the samples of one job on the engine's thread, speaks on the event loop."""
 
     def __init__(self, samples: Sequence[Sample], loop: asyncio.AbstractEventLoop) -> None:
-        self.total = max(sample.plan.steps for sample in samples)
+        self.total = max((sample.plan.steps for sample in samples), default=0)
         self._samples = samples
         self._loop = loop
         self._running = len(samples)

@@ -35,6 +35,18 @@ REMAKE: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"prompt": "the same as a woodcut", "image_size": {"width": 512, "height": 384}},
         ["image_url", "control_image_url"],
     ),
+    "fal-ai/lora/image-to-image": (
+        {
+            "model_name": "sd15",
+            "prompt": "the same (in clay:1.3)",
+            "prompt_weighting": True,
+            "scheduler": "DPM++ 2M Karras",
+            "num_inference_steps": 8,
+            # Denoised in tiles, for the reason above.
+            **{"tile_width": 384, "tile_height": 384, "tile_stride_width": 320, "tile_stride_height": 320},
+        },
+        ["image_url"],
+    ),
 }
 OUT = Path("out")
 
@@ -106,11 +118,14 @@ def make_picture(endpoint: str, request: dict[str, Any]) -> dict[str, Any]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     submitted = time.monotonic()
     started = submitted
+    took = 0.0
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(f"{endpoint}: submitting", total=None)
 
         def show(update: fal_client.Status) -> None:
-            nonlocal started
+            nonlocal started, took
+            if isinstance(update, fal_client.Completed):
+                took = update.metrics["inference_time"]
             if isinstance(update, fal_client.Queued):
                 started = time.monotonic()
                 progress.update(bar, description=f"{endpoint}: {update.position} ahead in the queue")
@@ -127,7 +142,7 @@ def make_picture(endpoint: str, request: dict[str, Any]) -> dict[str, Any]:
         "endpoint": endpoint,
         "request id": handle.request_id,
         "s queued": f"{started - submitted:.2f}",
-        "s inference": f"{output['timings']['inference']:.2f}",
+        "s inference": f"{took:.2f}",
         "file": str(save(picture["url"], endpoint)),
     }
     return {**output, "row": row}

@@ -22,7 +22,7 @@ class Plan(ABC):
     special case for them.
     """
 
-    steps: int  # how many there are, at least 1
+    steps: int  # how many there are; a sample with none never meets the engine
 
     @abstractmethod
     def key(self, step: int) -> Hashable:

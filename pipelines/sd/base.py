@@ -38,9 +38,17 @@ class Base:
     """The components of a checkpoint, called by our own loop.
 
     `name` tells it apart from all others. A forward of its UNet holds at most `batch_tokens` image tokens.
+    `text_bank` is that of another base with the same text encoders.
     """
 
-    def __init__(self, name: str, parts: Parts, lora_rank: int, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Parts,
+        lora_rank: int,
+        batch_tokens: int,
+        text_bank: LoraBank | None = None,
+    ) -> None:
         self.name = name
         self.kind = parts.kind
         self.scheduler_config = parts.scheduler_config
@@ -52,9 +60,12 @@ class Base:
         self.targets = targets(parts.unet, parts.text_encoders)
         self._translate = translator(self.targets)
         unet, texts = self._layers("unet"), self._layers("text_encoder") | self._layers("text_encoder_2")
-        self._bank, self._text_bank = LoraBank(unet, lora_rank), LoraBank(texts, lora_rank)
+        self._bank = LoraBank(unet, lora_rank)
+        self._text_bank = text_bank or LoraBank(texts, lora_rank)
         self._unet = AdaptedUnet(parts.unet, self._bank, batch_tokens)
-        self._make_like_this = partial(Base, lora_rank=lora_rank, batch_tokens=batch_tokens)
+        self._make_like_this = partial(
+            Base, lora_rank=lora_rank, batch_tokens=batch_tokens, text_bank=self._text_bank
+        )
 
     @property
     def tokenizer(self) -> Any:

@@ -77,17 +77,22 @@ class _Gathering:
 
     def kit(self, held: ExitStack) -> Kit:
         request = self.request
+        scales = [self._scales(index, each) for index, each in enumerate(request.ip_adapter)]
         nets = [self._controlnet(index, each) for index, each in enumerate(request.controlnets)]
         adapters = [self._ip_adapter(index) for index, _ in enumerate(request.ip_adapter)]
         encoder, light = self._encoder(), self._ic_light()
-        wanted = dict(filter(None, [*nets, *adapters, encoder, light]))
-        with named_by(("body", "controlnets" if nets else "model_name")):  # if they are too many together
-            found = held.enter_context(self.model.adapters.holding(wanted))
+        wanted = {
+            "controlnets": nets,
+            "ip_adapter": adapters,
+            "image_encoder_path": [encoder] if encoder else [],
+            "ic_light_model_url": [light] if light else [],
+        }
+        first = next((field for field, named in wanted.items() if named), "model_name")
+        with named_by(("body", first)):  # if they are too many together
+            everything = dict(each for named in wanted.values() for each in named)
+            found = held.enter_context(self.model.adapters.holding(everything))
         base: Base = found[light[0]] if light else self.base
-        scaled = [
-            self._scaled(index, found[name], each)
-            for index, ((name, _), each) in enumerate(zip(adapters, request.ip_adapter, strict=True))
-        ]
+        scaled = [ScaledAdapter(found[name], each) for (name, _), each in zip(adapters, scales, strict=True)]
         return Kit(
             base,
             hold_loras(
@@ -151,10 +156,9 @@ class _Gathering:
 
         return Wanted(measure, load_named)
 
-    def _scaled(self, index: int, adapter: IpAdapter, wish: IPAdapter) -> ScaledAdapter:
+    def _scales(self, index: int, wish: IPAdapter) -> tuple[float, ...]:
         with named_by(("body", "ip_adapter", index, "scale_json")):
-            scales = scales_of(wish.scale, wish.scale_json, self.base.cross_attention)
-        return ScaledAdapter(adapter, scales)
+            return scales_of(wish.scale, wish.scale_json, self.base.cross_attention)
 
     def _of_faces(self, adapters: list[ScaledAdapter]) -> dict[str, Lora]:
         """The LoRAs that belong to adapters of faces, each once."""

@@ -12,7 +12,7 @@ from pipelines.base import Assets, Generation, Outcome, named_by
 from pipelines.engine.sample import Sample
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.embeddings import TokenEmbedding
-from pipelines.sd.grid import CHANNELS, Grid, draw_noise
+from pipelines.sd.grid import PIXELS_PER_CELL, Grid, draw_noise
 from pipelines.sd.guides import GuideReader
 from pipelines.sd.kit import Kit, gather
 from pipelines.sd.pipeline import SdPipeline
@@ -26,7 +26,7 @@ from schemas.endpoints.lora_image_to_image import Input, Output
 from schemas.errors import FieldError, InputError, Location
 
 SIDE = 1024  # of a picture without a start picture
-MAX_TRACE_BYTES = 2**30  # of latents that a request keeps for debugging
+MAX_TRACE_BYTES = 2**30  # of pictures that a request gets for debugging, before they are compressed
 
 
 class Pipeline(SdPipeline[Input]):
@@ -80,15 +80,16 @@ class Pipeline(SdPipeline[Input]):
             request.tile_stride_height,
         )
         _check_trace(request, grid, views)
-        guides = GuideReader(self.model, kit, request, assets, grid)
-        texts = self._texts(request, assets, kit)
-        beside = guides.beside()
         picture = assets.images.get(("body", "image_url"))
+        seeds = [seed + number for number in range(request.num_images)]
+        schedules = [_schedule(request, base, each, from_picture=picture is not None) for each in seeds]
+        guides = GuideReader(self.model, kit, request, assets, grid)
+        beside = guides.beside()
+        texts = self._texts(request, assets, kit)
         start = base.encode_image(picture, grid) if picture else None
 
         def sample(number: int) -> Sample:
-            schedule = _schedule(request, base, seed + number, from_picture=start is not None)
-            sides = guides.sides(*texts, seed + number)
+            schedule, sides = schedules[number], guides.sides(*texts, seeds[number])
             plan = SdPlan(
                 base,
                 grid,
@@ -99,7 +100,7 @@ class Pipeline(SdPipeline[Input]):
                 tiles=views,
                 trace=Trace(steps=request.debug_latents, tiles=request.debug_per_pass_latents),
             )
-            noise = base.to_device(draw_noise(grid, seed + number))
+            noise = base.to_device(draw_noise(grid, seeds[number]))
             return Sample(f"image {number}", plan, _started(schedule, start, noise))
 
         return tuple(sample(number) for number in range(request.num_images))
@@ -183,17 +184,17 @@ def _refusal(request: Input, error: ScheduleError) -> InputError:
 
 
 def _check_trace(request: Input, grid: Grid, views: Sequence[Tile]) -> None:
-    """Raise InputError for more latents kept for debugging than there is memory for."""
+    """Raise InputError for more pictures for debugging than there is memory for."""
     cells = {
         "debug_latents": grid.rows * grid.columns,
         "debug_per_pass_latents": sum(view.rows * view.columns for view in views),
     }
+    steps = max(request.num_inference_steps, len(request.timesteps.given), len(request.sigmas.given))
     for field, each in cells.items():
-        steps = max(request.num_inference_steps, len(request.timesteps.given), len(request.sigmas.given))
-        nbytes = each * CHANNELS * 4 * steps * request.num_images  # float32
+        nbytes = each * PIXELS_PER_CELL**2 * 3 * steps * request.num_images
         if getattr(request, field) and nbytes > MAX_TRACE_BYTES:
             message = (
-                f"These latents would take {nbytes} bytes, at most {MAX_TRACE_BYTES} are kept; "
+                f"These pictures would take {nbytes} bytes, at most {MAX_TRACE_BYTES} are made; "
                 "ask for fewer steps, images or tiles."
             )
             raise InputError([FieldError(("body", field), message, "too_long")])

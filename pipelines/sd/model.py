@@ -47,10 +47,11 @@ class SdModel(Model):
         self._settings = settings
         self._source = source
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._bases: Residents[Base] = Residents(settings.bases.memory_bytes)
         self._loras: Cache[Lora] = Cache(settings.lora_ram_bytes)
         self._faces = cache(partial(FaceAnalyser.load, device=settings.device))
-        self.base = self.hold_base(Path(settings.model), ExitStack())  # held for good
+        own = self._wanted(str(source), source)
+        self.base = own.load()
+        self._bases: Residents[Base] = Residents(max(0, settings.bases.memory_bytes - own.measure()))
 
     @classmethod
     def load(cls, settings: ModelSettings, locate: Callable[[str], Path | str]) -> Self:
@@ -73,13 +74,15 @@ class SdModel(Model):
         """
         source = self._located(path)
         name = " ".join(str(each) for each in (source, variant, unet) if each)
-        return held.enter_context(self._bases.holding({name: self._wanted(name, source, variant, unet)}))[
-            name
-        ]
+        if name == self.base.name:
+            return self.base
+        wanted = {name: self._wanted(name, source, variant, unet)}
+        return held.enter_context(self._bases.holding(wanted))[name]
 
     def on_device(self, path: Path) -> bool:
         source = str(self._located(path))
-        return any(source in name.split() for name in [*self._bases.names, *self.adapters.names])
+        names = [self.base.name, *self._bases.names, *self.adapters.names]
+        return any(source in name.split() for name in names)
 
     def in_ram(self, path: Path) -> bool:
         return any(path.name in name.split() for name in self._loras.names)
@@ -109,7 +112,9 @@ class SdModel(Model):
         """The settings' own model is called by its source there, wherever it lies."""
         return self._source if path == Path(self._settings.model) else path
 
-    def _wanted(self, name: str, source: Path | str, variant: str | None, unet: Path | None) -> Wanted[Base]:
+    def _wanted(
+        self, name: str, source: Path | str, variant: str | None = None, unet: Path | None = None
+    ) -> Wanted[Base]:
         settings = self._settings
         blueprint = cache(partial(loading.inspect, source, self._dtype, variant=variant, unet=unet))
 

@@ -18,6 +18,8 @@ from tests.clients.inputs import (
     BOB,
     CANNY_PICTURES,
     LONG,
+    UNIVERSAL_EXAMPLE,
+    UNIVERSAL_SIDE,
     drawing,
     encoded,
     shapes,
@@ -26,7 +28,7 @@ from tests.support.server import Server, start, write_config
 from tests.support.sites import serving
 from tests.support.watching import follow, submit
 
-MODELS = ("flux", "sdxl-canny")  # the applications of serve_config.yaml that the suite calls
+MODELS = ("flux", "sdxl-canny", "sd")  # the applications of serve_config.yaml that the suite calls
 MAX_BODY_BYTES = 1_000_000
 MAX_UPLOAD_BYTES = 100_000_000
 NODE = Path(__file__).parent / "node"
@@ -53,6 +55,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for deployment in config["applications"][0]["deployments"]:
         for entry in deployment["user_config"]["models"].values():
             entry["window"] = 1
+    universal = config["applications"][-1]["args"]
+    universal["bases"]["names"][UNIVERSAL_EXAMPLE["model_name"]] = "zoo:sdxl"
+    universal["limits"] = {"max_pixels": UNIVERSAL_SIDE**2}
     path.write_text(yaml.safe_dump(config))
     server = start(path, keys=f"{ALICE} {BOB}")
     yield server

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 ENDPOINT = "fal-ai/flux/dev"
 REMAKE = "fal-ai/flux-lora/image-to-image"
 EDIT = "fal-ai/flux-general/rf-inversion"
+UNIVERSAL = "fal-ai/lora/image-to-image"
 CANNY = "fal-ai/fast-sdxl-controlnet-canny/image-to-image"
 APP = "fal-ai/flux"  # what request URLs are made of
 
@@ -69,6 +70,32 @@ CANNY_PICTURES = {
     "control_image_url": "u/74778219",
     "image_url": "files/tiger/IExuP-WICqaIesLZAZPur.jpeg",
 }
+
+# The example on fal's page, whole.
+UNIVERSAL_EXAMPLE: dict[str, Any] = {
+    "model_name": "stabilityai/stable-diffusion-xl-base-1.0",
+    "prompt": "Photo of a european medieval 40 year old queen, silver hair, highly detailed face, "
+    "detailed eyes, head shot, intricate crown, age spots, wrinkles",
+    "negative_prompt": "cartoon, painting, illustration, worst quality, low quality, normal quality",
+    "prompt_weighting": True,
+    "noise_strength": 0.5,
+    "loras": [],
+    "embeddings": [],
+    "controlnets": [],
+    "ip_adapter": [],
+    "image_encoder_weight_name": "pytorch_model.bin",
+    "num_inference_steps": 30,
+    "guidance_scale": 7.5,
+    "timesteps": {"method": "default", "array": []},
+    "sigmas": {"method": "default", "array": []},
+    "image_format": "jpeg",
+    "num_images": 1,
+    "tile_width": 4096,
+    "tile_height": 4096,
+    "tile_stride_width": 2048,
+    "tile_stride_height": 2048,
+}
+UNIVERSAL_SIDE = 128  # of a picture without a start picture, where the server makes none larger
 
 
 def steps(count: int) -> list[str]:

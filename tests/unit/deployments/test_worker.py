@@ -928,3 +928,8 @@ def test_a_closed_engine_is_unhealthy(make_worker: Make) -> None:
     worker.close()
     with pytest.raises(Exception, match="engine"):
         worker.check_health()
+
+
+async def test_a_picture_that_gets_no_noise_is_answered_without_a_step(answer: Answer) -> None:
+    output = await answer("fal-ai/lora/image-to-image", noise_strength=0, num_images=2)
+    assert [(image["width"], image["height"]) for image in output["images"]] == [(64, 64)] * 2

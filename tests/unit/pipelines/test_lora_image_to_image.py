@@ -15,8 +15,10 @@ from pipelines.sd import loading
 from pipelines.sd.base import plan_of
 from pipelines.sd.grid import Grid
 from pipelines.sd.parts import Kind
-from schemas.settings import Limits
+from schemas.errors import InputError
+from schemas.settings import BaseSettings, Limits
 from tests.support import sd_files
+from tests.support.assets import given
 from tests.support.fields import shows
 from tests.support.sd_controlnets import stirred
 from tests.support.universal import KINDS, START, UNIVERSAL, Studio, blocks, close, differ, grow, same
@@ -65,7 +67,7 @@ def test_another_unet_takes_the_place_of_the_models_own(studio: Studio, name: st
     save_file(sd_files.unet(unet), tmp_path / "original.safetensors")
     expected = studio.run(files, model_name="whole")
     differ(expected, studio.run(model_name=name))
-    for way in ("folder", "file", "original", "whole"):
+    for way in ("folder", "file", "original"):
         same(studio.run(files, model_name=name, unet_name=way), expected)
 
 
@@ -193,6 +195,15 @@ def test_a_learned_word_may_stand_in_the_negative_prompt(studio: Studio) -> None
     same(learned, studio.run(negative_prompt="w"))
 
 
+@shows(UNIVERSAL, "prompt", "negative_prompt")
+@EVERY
+def test_no_words_are_words_too(studio: Studio, name: str) -> None:
+    silent = partial(studio.run, model_name=name, prompt="")
+    same(silent(), silent(negative_prompt=""), silent(prompt_weighting=True))
+    close(silent(), silent(guidance_scale=1), atol=1e-3)  # both rows are told the same
+    differ(silent(), silent(negative_prompt="grey"))
+
+
 # -- LoRAs
 
 
@@ -223,9 +234,7 @@ def test_without_a_start_picture_one_of_1024_pixels_a_side_is_made(tmp_path: Pat
     studio = Studio(tmp_path, limits=Limits())
     [sample] = studio.prepare().samples
     assert sample.latents.shape == (4, 128, 128)
-    latents = studio.run(num_inference_steps=1, guidance_scale=1, scheduler="Euler")
-    with studio.base("sd15") as base:
-        assert images.from_tensor(base.decode(latents[0])).size == (1024, 1024)
+    assert (plan_of(sample).grid.width, plan_of(sample).grid.height) == (1024, 1024)
 
 
 @shows(UNIVERSAL, "image_url")
@@ -288,6 +297,12 @@ def test_the_seed_decides_and_zero_is_one(studio: Studio) -> None:
     assert [studio.prepare(seed=seed).seed for seed in (0, 5, None)] == [0, 5, 0]
 
 
+@shows(UNIVERSAL, "seed")
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_the_whole_range_of_seeds_works(studio: Studio, seed: int) -> None:
+    assert studio.run(seed=seed, num_images=2, scheduler="Euler A").isfinite().all()
+
+
 @shows(UNIVERSAL, "num_images")
 @pytest.mark.parametrize(
     "fields",
@@ -321,8 +336,45 @@ def test_a_preview_is_small(studio: Studio) -> None:
 
 def test_what_a_request_held_is_given_back(studio: Studio) -> None:
     files = {"a": studio.lora(), "net": studio.controlnet()}
-    net: dict[str, Any] = {"path": "net", "image_url": START}
-    before = studio.model.adapters.pins, studio.model._bases.pins
-    studio.run(files, loras=[{"path": "a"}], controlnets=[net])
-    assert (studio.model.adapters.pins, studio.model._bases.pins) == before
-    assert studio.model.base._bank.pins == 0
+    fields: dict[str, Any] = {
+        "model_name": "sd2",
+        "loras": [{"path": "a"}],
+        "controlnets": [{"path": "net", "image_url": START}],
+    }
+    files |= {"a": studio.lora(name="sd2"), "net": studio.controlnet(name="sd2")}
+    model, before = studio.model, studio.model._bases.pins
+    wish = studio.wish(**fields)
+    held = studio.pipe.hold(wish, given(wish, studio.files | files))
+    assert (model._bases.pins, model.adapters.pins) == (before + 1, 1)
+    generation = studio.prepare(files, **fields)
+    assert (model._bases.pins, model.adapters.pins) == (before + 2, 2)
+    held.close()
+    studio.finish(generation)
+    assert (model._bases.pins, model.adapters.pins) == (before, 0)
+    with studio.base("sd2") as base:
+        assert base._bank.pins == base._text_bank.pins == 0
+    for resident in (model._bases, model.adapters):
+        resident.check_integrity()
+
+
+def test_a_base_that_does_not_fit_beside_the_settings_own_is_refused(tmp_path: Path) -> None:
+    sizes = {
+        name: loading.inspect(path, torch.float32).nbytes for name, path in Studio(tmp_path).folders.items()
+    }
+    studio = Studio(tmp_path, bases=BaseSettings(memory_bytes=sizes["sd2"] + 1000))
+    with pytest.raises(InputError) as refusal:
+        studio.run(model_name="sd2")
+    [fault] = refusal.value.fields
+    assert (fault.loc, fault.type) == (("body", "model_name"), "file_too_large")
+    studio.run(model_name="sd15")
+
+
+def test_requests_for_the_settings_model_run_on_it_whatever_came_between(tmp_path: Path) -> None:
+    studio = Studio(tmp_path)
+    sizes = [loading.inspect(each, torch.float32).nbytes for each in studio.folders.values()]
+    bases = BaseSettings(memory_bytes=sizes[0] + max(sizes))  # room for it and another
+    studio = Studio(tmp_path, bases=bases)
+    for name in ("sd2", "sdxl"):
+        studio.run(model_name=name)
+    with studio.base("sd15") as base:
+        assert base is studio.model.base

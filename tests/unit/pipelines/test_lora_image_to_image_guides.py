@@ -1,35 +1,35 @@
-"""lora/image-to-image: ControlNets, IP-Adapters, faces and IC-Light, each alone, beside diffusers' own."""
+"""lora/image-to-image: IP-Adapters, faces and IC-Light, each alone, beside diffusers' own."""
 
-import json
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    EulerDiscreteScheduler,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionXLControlNetPipeline,
-)
 from diffusers.image_processor import IPAdapterMaskProcessor
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from pipelines.sd.base import plan_of
-from pipelines.sd.grid import Grid, draw_noise
 from pipelines.sd.ip_adapter import IpAdapterKind
-from schemas.assets import AssetKind, assets
-from schemas.endpoints.lora_image_to_image import Input
 from tests.support import sd_ip_adapters
 from tests.support.fields import shows
-from tests.support.hub import serving
 from tests.support.sd_ip_adapters import nested, vision
-from tests.support.universal import KINDS, SIDE, START, UNIVERSAL, Studio, blocks, close, differ, grow, same
-from tests.unit.deployments.places import Place, get, safetensors
+from tests.support.universal import (
+    KINDS,
+    SIDE,
+    START,
+    UNIVERSAL,
+    Studio,
+    blocks,
+    by_stock,
+    close,
+    differ,
+    grow,
+    same,
+)
 
 EVERY = pytest.mark.parametrize("name", KINDS)
 Run = Callable[..., Tensor]
@@ -37,185 +37,16 @@ Run = Callable[..., Tensor]
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    """With a net, an adapter and offsets of each kind."""
+    """With adapters and offsets of each kind."""
     made = Studio(tmp_path_factory.mktemp("studio"))
-    made.files |= {f"net-{name}": made.controlnet(name=name) for name in KINDS}
     made.files |= {f"ip-{name}": made.ip_adapter(name=name) for name in KINDS}
-    made.files |= {f"instantid-{name}": made.ip_adapter("instantid", name=name) for name in KINDS}
-    made.files |= {kind: made.ip_adapter(kind) for kind in ("plus", "full", "faceid", "faceid_plus")}
-    made.files |= {"net": made.files["net-sd15"], "other net": made.controlnet(seed=4)}
+    made.files |= {kind: made.ip_adapter(kind) for kind in ("plus", "faceid", "faceid_plus", "instantid")}
     made.files |= {"ip": made.files["ip-sd15"], "other ip": made.ip_adapter(seed=4)}
     made.files |= {"encoder": made.encoder(), "deeper encoder": made.encoder(num_hidden_layers=4)}
     made.files |= {f"light-{channels}": made.offsets(channels) for channels in (8, 12)}
     made.files |= {f"dark-{channels}": made.offsets(channels, size=0) for channels in (8, 12)}
     made.look_for_faces()
     return made
-
-
-def by_stock(pipe: Any, scheduler: Any, **words: Any) -> Tensor:
-    """What diffusers' pipeline makes of the usual request in Euler's steps, [1, 4, rows, columns]."""
-    pipe.scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    known = {"prompt": "a red square", "negative_prompt": "", "num_inference_steps": 3, "guidance_scale": 7.5}
-    latents = draw_noise(Grid.of(SIDE, SIDE), 7)[None]
-    sizes = {"height": SIDE, "width": SIDE, "output_type": "latent"}
-    found: Tensor = pipe(**known | sizes | words, latents=latents).images
-    return found
-
-
-# -- ControlNets
-
-
-@pytest.fixture
-def controlled(studio: Studio) -> Run:
-    """The latents under one ControlNet with these words, from START's noised latents."""
-
-    def run(net: dict[str, Any] | None = None, **fields: Any) -> Tensor:
-        wish = {"path": "net", "image_url": START, **(net or {})}
-        return studio.run(controlnets=[wish], **{"image_url": START} | fields)
-
-    return run
-
-
-@shows(UNIVERSAL, "controlnets.path", "controlnets.image_url", "controlnets.conditioning_scale")
-@shows(UNIVERSAL, "controlnets.start_percentage", "controlnets.end_percentage", "controlnet_guess_mode")
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize(
-    ("ours", "theirs", "more"),
-    [
-        ({}, {}, {}),
-        ({"conditioning_scale": 0.6}, {"controlnet_conditioning_scale": 0.6}, {"guidance_scale": 3.0}),
-        ({"start_percentage": 0.3}, {"control_guidance_start": 0.3}, {}),
-        ({"end_percentage": 0.7}, {"control_guidance_end": 0.7}, {"guidance_scale": 1.0}),
-        ({}, {"guess_mode": True}, {}),
-        ({"conditioning_scale": 1.7}, {"controlnet_conditioning_scale": 1.7, "guess_mode": True}, {}),
-        ({}, {"guess_mode": True}, {"guidance_scale": 1.0}),
-    ],
-)
-def test_a_controlnet_acts_as_under_diffusers(
-    studio: Studio, name: str, ours: dict[str, Any], theirs: dict[str, Any], more: dict[str, Any]
-) -> None:
-    pipes = {"sd15": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
-    stock = studio.stock[name]
-    pipe = pipes[name](**stock.components, controlnet=studio.net(name=name))
-    expected = by_stock(pipe, stock.scheduler, image=studio.files["square"], **theirs, **more)
-    found = studio.run(
-        model_name=name,
-        scheduler="Euler",
-        controlnets=[{"path": f"net-{name}", "image_url": "square", **ours}],
-        controlnet_guess_mode=theirs.get("guess_mode", False),
-        **more,
-    )
-    close(found, expected, atol=1e-3)
-    differ(found, studio.run(model_name=name, scheduler="Euler", **more))
-
-
-@shows(UNIVERSAL, "controlnets.conditioning_scale")
-@EVERY
-def test_scale_zero_is_no_controlnet(studio: Studio, controlled: Run, name: str) -> None:
-    def scaled(scale: float, image: str = START) -> Tensor:
-        net = {"path": f"net-{name}", "conditioning_scale": scale, "image_url": image}
-        return controlled(net, model_name=name)
-
-    plain = studio.run(model_name=name, image_url=START)
-    same(scaled(0), scaled(0, "other"), plain)
-    grow([scaled(scale) for scale in (0.02, 0.1, 0.5)], plain)
-
-
-@shows(UNIVERSAL, "controlnets.path", "controlnets.image_url")
-def test_controlnets_are_summed(studio: Studio, controlled: Run) -> None:
-    differ(controlled(), controlled({"path": "other net"}))
-    differ(controlled(), controlled({"image_url": "other"}))
-    one, other = {"path": "net", "image_url": START}, {"path": "other net", "image_url": "other"}
-    run = partial(studio.run, image_url=START)
-    both = run(controlnets=[one, other])
-    close(both, run(controlnets=[other, one]))
-    same(run(controlnets=[one, other | {"conditioning_scale": 0}]), run(controlnets=[one]))
-    close(
-        run(controlnets=[one | {"conditioning_scale": 0.3}, one | {"conditioning_scale": 0.5}]),
-        run(controlnets=[one | {"conditioning_scale": 0.8}]),
-    )
-
-
-@shows(UNIVERSAL, "controlnets.mask_url")
-def test_a_mask_says_where_a_controlnet_acts(studio: Studio, controlled: Run) -> None:
-    same(controlled({"mask_url": "black"}), studio.run(image_url=START))
-    same(controlled({"mask_url": "white"}), controlled())
-    once: dict[str, Any] = {"num_inference_steps": 1, "scheduler": "Euler"}
-    studio.files["right"] = ImageOps.mirror(studio.files["left"])
-    plain = studio.run(image_url=START, **once)
-    left, right = (
-        (controlled({"mask_url": mask}, **once) - plain)[0].norm(dim=0) for mask in ("left", "right")
-    )
-    assert left[:, :6].sum() / left.sum() > 0.5 > right[:, :6].sum() / right.sum()
-
-
-@shows(UNIVERSAL, "controlnets.start_percentage", "controlnets.end_percentage")
-@pytest.mark.parametrize(
-    ("window", "steps"), [((0, 0.5), [0, 1]), ((0.5, 1), [2, 3]), ((0.25, 0.75), [1, 2]), ((0.3, 0.4), [])]
-)
-def test_a_controlnet_acts_in_its_steps_only(
-    studio: Studio, window: tuple[float, float], steps: list[int]
-) -> None:
-    net = {"path": "net", "image_url": START, "start_percentage": window[0], "end_percentage": window[1]}
-    fields: dict[str, Any] = {"image_url": START, "num_inference_steps": 4, "scheduler": "Euler"}
-    [sample] = studio.prepare(controlnets=[net], **fields).samples
-    plan, acting = plan_of(sample), []
-    for step in range(plan.steps):
-        prompted, negative = plan.rows(step, sample.latents)
-        acting += [step] if prompted.controls and negative.controls else []
-        sample.accept(plan.advance(step, sample.latents, torch.zeros_like(sample.latents), None))
-    assert acting == steps
-    picture = studio.run(controlnets=[net], **fields)
-    if steps:
-        differ(picture, studio.run(**fields))
-    else:
-        same(picture, studio.run(**fields))
-
-
-@shows(UNIVERSAL, "controlnets.config_url")
-def test_a_config_tells_what_the_tensors_do_not(studio: Studio, controlled: Run) -> None:
-    config = dict(studio.net().config) | {"controlnet_conditioning_channel_order": "bgr"}
-    red, green, blue = studio.files[START].split()
-    studio.files["config"] = json.dumps(config).encode()
-    studio.files["swapped"] = Image.merge("RGB", (blue, green, red))
-    told = controlled({"config_url": "config", "image_url": "swapped"})
-    same(told, controlled())
-    differ(told, controlled({"image_url": "swapped"}))
-
-
-@shows(UNIVERSAL, "controlnet_guess_mode")
-def test_a_net_that_guesses_leaves_the_negative_row_alone(studio: Studio) -> None:
-    net: dict[str, Any] = {"path": "net", "image_url": "square"}
-    for guesses in (False, True):
-        [sample] = studio.prepare(controlnets=[net], controlnet_guess_mode=guesses).samples
-        prompted, negative = plan_of(sample).rows(0, sample.latents)
-        assert [use.guess for use in prompted.controls] == [guesses]
-        assert len(negative.controls) == (not guesses)
-
-
-@shows(UNIVERSAL, "controlnets.ip_adapter_index")
-@EVERY
-def test_a_net_for_faces_reads_an_adapters_tokens(studio: Studio, name: str) -> None:
-    """The adapters are off, so that the net alone sees the face."""
-
-    def run(*people: str, index: int | None = 0, **fields: Any) -> Tensor:
-        net = {"path": f"net-{name}", "image_url": "square", "ip_adapter_index": index}
-        adapters = [
-            {
-                "path": f"instantid-{name}",
-                "ip_adapter_image_url": START,
-                "insight_face_model_path": person,
-                "scale": 0,
-            }
-            for person in people
-        ]
-        return studio.run(model_name=name, controlnets=[net], ip_adapter=adapters, **fields)
-
-    differ(run("ann"), run("bob"))
-    same(run("ann", index=None), run("bob", index=None))
-    differ(run("ann"), run("ann", index=None))
-    same(run("bob", "ann", index=1), run("ann"))
 
 
 # -- IP-Adapters
@@ -305,12 +136,10 @@ def test_a_black_mask_is_no_adapter_and_a_white_one_no_mask(studio: Studio, show
     close(shown({"ip_adapter_mask_url": "black"}), studio.run(image_url=START))
     close(shown({"ip_adapter_mask_url": "white"}), shown())
     differ(shown({"ip_adapter_mask_url": "left"}), shown())
-    masks = [
-        {"path": "ip", "ip_adapter_image_url": START, "ip_adapter_mask_url": each} for each in ("black",)
-    ]
+    masked = {"path": "ip", "ip_adapter_image_url": START, "ip_adapter_mask_url": "black"}
     beside = {"path": "other ip", "ip_adapter_image_url": "other"}
     run = partial(studio.run, image_url=START, image_encoder_path="encoder")
-    close(run(ip_adapter=[*masks, beside]), run(ip_adapter=[beside]))
+    close(run(ip_adapter=[masked, beside]), run(ip_adapter=[beside]))
 
 
 @shows(UNIVERSAL, "ip_adapter.scale")
@@ -385,7 +214,7 @@ def like(shown: Run) -> Run:
 
 
 @shows(UNIVERSAL, "ip_adapter.insight_face_model_path")
-@pytest.mark.parametrize("kind", ["faceid", "faceid_plus", "instantid-sd15"])
+@pytest.mark.parametrize("kind", ["faceid", "faceid_plus", "instantid"])
 def test_a_face_is_found_by_the_analysis_that_is_named(studio: Studio, like: Run, kind: str) -> None:
     differ(like("ann", kind), like("bob", kind))
     same(like("ann", kind, scale=0), like("bob", kind, scale=0), studio.run(image_url=START))
@@ -444,6 +273,22 @@ def test_light_falls_from_the_offsets_by_the_pictures(studio: Studio, channels: 
     same(studio.run(image_url=START), plain)  # the base is as it was
 
 
+@shows(UNIVERSAL, "ic_light_image_url", "ic_light_model_background_image_url")
+@pytest.mark.parametrize("channels", [8, 12])
+def test_the_unet_reads_the_foreground_before_the_background(studio: Studio, channels: int) -> None:
+    words = {"ic_light_model_url": f"light-{channels}", "ic_light_image_url": "other"}
+    if channels == 12:
+        words["ic_light_model_background_image_url"] = "square"
+    generation = studio.prepare(image_url=START, **words)
+    [sample] = generation.samples
+    plan = plan_of(sample)
+    pictures = [studio.files["other"], studio.files["square"]][: channels // 4 - 1]
+    expected = [plan.base.encode_image(picture, plan.grid) for picture in pictures]
+    for row in plan.rows(0, sample.latents):
+        same(row.latents[4:], torch.cat(expected))
+    generation.resources.close()
+
+
 @shows(UNIVERSAL, "ic_light_model_url")
 def test_what_is_lit_may_have_all_else_beside_it(studio: Studio) -> None:
     """Zero offsets change nothing, so each of these acts on the new UNet as on the old."""
@@ -457,72 +302,23 @@ def test_what_is_lit_may_have_all_else_beside_it(studio: Studio) -> None:
         "tile_width": 128,
         "prompt_weighting": True,
     }
-    files = {"a": studio.lora()}
+    files = {"a": studio.lora(), "net": studio.controlnet()}
     lit = studio.run(files, ic_light_model_url="dark-8", ic_light_image_url="other", **more)
     same(lit, studio.run(files, **more))
     differ(lit, studio.run(image_url=START))
 
 
-# -- which files
+def test_light_upon_light_leaves_nothing_on_the_text_encoders(studio: Studio) -> None:
+    def hooks() -> int:
+        return sum(len(each._forward_hooks) for each in encoder.modules())
 
-
-async def which(tmp_path: Path, **fields: Any) -> list[bytes]:
-    """The weights that a request leads to in the repositories of a hub."""
-    net = "diffusion_pytorch_model"
-    stored = {f"models/{name}.safetensors": safetensors(fill=name.encode(), size=1) for name in "ab"}
-    stored |= {"sdxl/a.safetensors": safetensors(1, b"c"), "config.json": b"{}"}
-    stored |= {f"{net}.safetensors": safetensors(1, b"d"), f"{net}.fp16.safetensors": safetensors(1, b"e")}
-    stored |= {f"enc/{name}.safetensors": safetensors(1, name[:1].encode()) for name in ("model", "small")}
-    stored |= {"enc/config.json": b"{}", "other/model.safetensors": safetensors(1, b"o")}
-    async with serving() as hub:
-        hub.put_files("ann/all", stored)
-        weights = Place(tmp_path, hub.url).open()
-        request = Input.model_validate({"model_name": "ann/none", "prompt": "x"} | fields)
-        found = []
-        for asset in assets(request):
-            if asset.asset.kind.is_weights and asset.asset.kind is not AssetKind.BASE:
-                with await get(weights, asset.asset) as path:
-                    inside = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-                    found += [each.read_bytes()[-1:] for each in inside]
-    return found
-
-
-@shows(UNIVERSAL, "ip_adapter.model_subfolder", "ip_adapter.weight_name")
-@pytest.mark.parametrize(
-    ("words", "file"),
-    [
-        ({"model_subfolder": "models", "weight_name": "a.safetensors"}, b"a"),
-        ({"model_subfolder": "models", "weight_name": "b.safetensors"}, b"b"),
-        ({"model_subfolder": "models", "weight_name": "b.bin"}, b"b"),  # the safetensors beside a pickle
-        ({"model_subfolder": "sdxl"}, b"c"),
-    ],
-)
-async def test_words_say_which_of_a_repositorys_adapters_is_meant(
-    tmp_path: Path, words: dict[str, str], file: bytes
-) -> None:
-    adapter = {"path": "ann/all", "ip_adapter_image_url": START, **words}
-    assert await which(tmp_path, ip_adapter=[adapter]) == [file]
-
-
-@shows(UNIVERSAL, "image_encoder_subfolder", "image_encoder_weight_name")
-@pytest.mark.parametrize(
-    ("words", "file"),
-    [
-        ({"image_encoder_subfolder": "enc"}, b"m"),
-        ({"image_encoder_subfolder": "enc", "image_encoder_weight_name": "small.safetensors"}, b"s"),
-        ({"image_encoder_subfolder": "other"}, b"o"),
-    ],
-)
-async def test_words_say_which_of_a_repositorys_encoders_is_meant(
-    tmp_path: Path, words: dict[str, str], file: bytes
-) -> None:
-    assert await which(tmp_path, image_encoder_path="ann/all", **words) == [file]
-
-
-@shows(UNIVERSAL, "controlnets.variant")
-@pytest.mark.parametrize(("words", "file"), [({}, b"d"), ({"variant": "fp16"}, b"e")])
-async def test_a_variant_is_of_a_controlnets_files(
-    tmp_path: Path, words: dict[str, str], file: bytes
-) -> None:
-    net = {"path": "ann/all", "image_url": START, **words}
-    assert await which(tmp_path, controlnets=[net]) == [file]
+    words = {"ic_light_model_url": "light-8", "ic_light_image_url": "other", "image_url": START}
+    generation = studio.prepare({"a": studio.lora()}, loras=[{"path": "a"}], **words)
+    with generation.resources:
+        base = plan_of(generation.samples[0]).base
+        assert base is not studio.model.base
+        encoder = base._parts.text_encoders[0]
+        before = hooks()
+        offsets = studio.model.base.read_ic_light(studio.files["light-8"])
+        with studio.model.base.lit_anew("another", offsets).holding({}):
+            assert hooks() == before

@@ -294,11 +294,27 @@ def test_more_than_there_is_memory_for_is_not_kept(
     studio: Studio, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields: Fields = {field: True, "num_inference_steps": 10, "num_images": 2, "image_url": "square"}
-    nbytes = 4 * 4 * 12 * 12 * 10 * 2
+    nbytes = 3 * 96 * 96 * 10 * 2
     monkeypatch.setattr(lora_image_to_image, "MAX_TRACE_BYTES", nbytes - 1)
     assert refusal(studio, **fields) == [f"{field} too_long"]
     monkeypatch.setattr(lora_image_to_image, "MAX_TRACE_BYTES", nbytes)
     studio.prepare(**fields).resources.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"controlnets": [NET], "ip_adapter": [IP], **ENCODED}, "controlnets"),
+        ({"ip_adapter": [IP], **ENCODED}, "ip_adapter"),
+        (LIGHT, "ic_light_model_url"),
+    ],
+)
+def test_more_than_there_is_room_for_is_refused_by_its_field(
+    studio: Studio, fields: Fields, field: str
+) -> None:
+    tight = Studio(studio.root, adapter_bytes=1000)
+    tight.files = studio.files
+    assert refusal(tight, **fields) == [f"{field} file_too_large"]
 
 
 def refusal(studio: Studio, **fields: Any) -> list[str]:

@@ -9,11 +9,13 @@ import pytest
 from deployments.gateway.validation import ignored, validate
 from pipelines.registry import ENDPOINTS, endpoint
 from schemas.endpoints import flux_general_rf_inversion as rf
+from schemas.endpoints import lora_image_to_image as universal
 from schemas.endpoints.flux_dev import Input, Output
 from schemas.errors import InputError
 from schemas.settings import Limits
 
 LIMITS = Limits()
+UNIVERSAL = "fal-ai/lora/image-to-image"
 
 
 def refusals(kind: type[Any], fields: dict[str, Any], limits: Limits = LIMITS) -> list[tuple[list[Any], str]]:
@@ -273,6 +275,114 @@ def test_rf_inversion_refuses_with_the_path_of_the_field(
         assert refusals(rf.Input, sent) == expected
     else:
         validate(rf.Input, sent, LIMITS)
+
+
+def test_the_universal_endpoint_has_exactly_the_fields_of_its_page_with_their_defaults() -> None:
+    defaults = universal.Input(model_name="m", prompt="x").model_dump(mode="json")
+    assert list(defaults.items()) == [
+        ("model_name", "m"),
+        ("unet_name", None),
+        ("variant", None),
+        ("prompt", "x"),
+        ("negative_prompt", ""),
+        ("prompt_weighting", False),
+        ("image_url", None),
+        ("noise_strength", 0.5),
+        ("loras", []),
+        ("embeddings", []),
+        ("controlnets", []),
+        ("controlnet_guess_mode", False),
+        ("ip_adapter", []),
+        ("image_encoder_path", None),
+        ("image_encoder_subfolder", None),
+        ("image_encoder_weight_name", "pytorch_model.bin"),
+        ("ic_light_model_url", None),
+        ("ic_light_model_background_image_url", None),
+        ("ic_light_image_url", None),
+        ("seed", None),
+        ("num_inference_steps", 30),
+        ("guidance_scale", 7.5),
+        ("clip_skip", 0),
+        ("scheduler", None),
+        ("timesteps", {"method": "default", "array": []}),
+        ("sigmas", {"method": "default", "array": []}),
+        ("image_format", "png"),
+        ("num_images", 1),
+        ("enable_safety_checker", False),
+        ("tile_width", 4096),
+        ("tile_height", 4096),
+        ("tile_stride_width", 2048),
+        ("tile_stride_height", 2048),
+        ("eta", 0),
+        ("debug_latents", False),
+        ("debug_per_pass_latents", False),
+    ]
+    assert list(universal.Output.model_fields) == [
+        "images",
+        "seed",
+        "has_nsfw_concepts",
+        "debug_latents",
+        "debug_per_pass_latents",
+    ]
+
+
+def test_the_numbers_of_the_universal_endpoint_have_the_ranges_of_its_page() -> None:
+    ranges = {name: (least, most) for known, name, least, most in bounded() if known == UNIVERSAL}
+    assert ranges.pop("seed", None) in (None, (-(2**63), 2**63 - 1))
+    assert ranges == {
+        "noise_strength": (0, 1),
+        "num_inference_steps": (1, 150),
+        "guidance_scale": (0, 20),
+        "clip_skip": (0, 2),
+        "num_images": (1, 8),
+        "tile_width": (128, 4096),
+        "tile_height": (128, 4096),
+        "tile_stride_width": (64, 2048),
+        "tile_stride_height": (64, 2048),
+        "eta": (0, 1),
+    }
+
+
+def test_the_objects_of_the_universal_endpoint_have_the_defaults_of_its_page() -> None:
+    value = universal.Input.model_validate(
+        {
+            "model_name": "m",
+            "prompt": "x",
+            "loras": [{"path": "a"}, {"path": "b", "scale": 4}],
+            "embeddings": [{"path": "a"}],
+            "controlnets": [{"path": "net", "image_url": "z", "mask_url": None}],
+            "ip_adapter": [{"path": "ip", "ip_adapter_image_url": ["y", "z"]}],
+        }
+    ).model_dump(mode="json")
+    assert value["loras"] == [{"path": "a", "scale": 1}, {"path": "b", "scale": 4}]
+    assert value["embeddings"] == [{"path": "a", "tokens": ["<s0>", "<s1>"]}]
+    assert value["controlnets"] == [
+        {
+            "path": "net",
+            "config_url": None,
+            "variant": None,
+            "image_url": "z",
+            "mask_url": None,
+            "conditioning_scale": 1,
+            "start_percentage": 0,
+            "end_percentage": 1,
+            "ip_adapter_index": None,
+        }
+    ]
+    assert value["ip_adapter"] == [
+        {
+            "ip_adapter_image_url": ["y", "z"],
+            "ip_adapter_mask_url": None,
+            "path": "ip",
+            "model_subfolder": None,
+            "weight_name": None,
+            "insight_face_model_path": None,
+            "scale": 1,
+            "scale_json": {},
+            "unconditional_noising_factor": 0,
+            "image_projection_shortcut": True,
+        }
+    ]
 
 
 def test_a_custom_size_may_leave_a_side_out() -> None:
