@@ -16,6 +16,7 @@
     │   ├── TargetRefused       412
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
+    │   ├── TooManyRuns         429
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
         ├── StoreDown           503, the queue's database or the file store cannot be reached or written
@@ -190,6 +191,14 @@ class QueueFull(RequestError):
 
     status = 429
     error_type = "queue_full"
+    retryable = True
+
+
+class TooManyRuns(RequestError):
+    """The caller waits for as many runs as it may; the queue takes what comes beyond."""
+
+    status = 429
+    error_type = "concurrent_requests_limit"
     retryable = True
 
 

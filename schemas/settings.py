@@ -77,6 +77,9 @@ class FrontSettings(Settings):
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="of an uploaded file")
+    max_runs: int | None = Field(
+        None, ge=1, description="runs and streams that one key waits for at once in a gateway replica"
+    )
     run_grace_s: float = Field(
         15, gt=0, description="after so long a run answers 200, and with spaces until its output is there"
     )

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from deployments.gateway.addresses import application
-from schemas.errors import DarkroomError, StartTimeout
+from schemas.errors import DarkroomError, StartTimeout, TooManyRuns
 from schemas.jobs import CancelOutcome, Event, Job, JobResult, Logged, Receipt, Record, State
 
 REQUEST_ID = "x-fal-request-id"
@@ -63,6 +63,8 @@ def _answer(
     told = {"x-fal-error-type": error_type, "x-fal-retryable": str(retryable).lower()}
     if status == StartTimeout.status and error_type == StartTimeout.error_type:
         told["x-fal-request-timeout-type"] = "user"  # the clients do not try again
+    if error_type == TooManyRuns.error_type:
+        told["x-fal-needs-retry"] = "1"
     if status == 401:
         told["www-authenticate"] = "Key"
     return Json(body, status, {**told, **(headers or {})})

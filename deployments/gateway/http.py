@@ -61,6 +61,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready) -> ASGIApp:
     ]
     app: ASGIApp = Router(routes=routes, redirect_slashes=False)
     for layer in (
+        lambda inner: middleware.Turnstile(inner, gateway.settings.max_runs),
         middleware.Addressing,
         lambda inner: middleware.Authentication(inner, keys),
         middleware.Errors,

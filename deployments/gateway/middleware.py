@@ -1,6 +1,7 @@
 """The layers around the routes, outermost last: plain ASGI callables."""
 
 import logging
+from collections import Counter
 from uuid import uuid4
 
 from starlette.datastructures import Headers as HeaderView
@@ -20,6 +21,7 @@ from schemas.errors import (
     MethodNotAllowed,
     NotFound,
     RequestError,
+    TooManyRuns,
 )
 
 logger = logging.getLogger(__name__)
@@ -29,10 +31,35 @@ logger = logging.getLogger(__name__)
 PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/")
 PUBLIC_PATHS = ("/health", "/ready", "/v1/models")
 
+RUN_PREFIXES = ("/run/", "/v1/images/")  # where a caller waits for its pictures
+
 _EXPOSED = (
     "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, "
     "x-fal-billable-units, x-darkroom-ignored-fields, idempotent-replayed, etag"
 )
+
+
+class Turnstile:
+    """Bounds the calls that a key waits for at once. Lies within `Addressing` and `Authentication`."""
+
+    def __init__(self, app: ASGIApp, limit: int | None) -> None:
+        self._app = app
+        self._limit = limit
+        self._inside: Counter[str] = Counter()  # calls, by tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_run = scope["type"] == "http" and scope["path"].startswith(RUN_PREFIXES)
+        if self._limit is None or not is_run:
+            await self._app(scope, receive, send)
+            return
+        tenant = scope["state"]["tenant"]
+        if self._inside[tenant] >= self._limit:
+            raise TooManyRuns(f"At most {self._limit} runs of one key at once; the queue takes more.")
+        self._inside[tenant] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._inside[tenant] -= 1
 
 
 class Addressing:
