@@ -87,6 +87,11 @@ def _validate(kind: type[Settings], data: Any, place: str) -> None:
         endpoints = settings.routes()
     elif isinstance(settings, ModelSettings):
         endpoints = settings.endpoints
+    elif isinstance(settings, FrontSettings):
+        named = [
+            each for model in settings.openai_models.values() for each in (model.generations, model.edits)
+        ]
+        endpoints = [each for each in named if each is not None]
     if unknown := [each for each in endpoints if each not in registry.ENDPOINTS]:
         known = ", ".join(registry.ENDPOINTS)
         raise ValueError(f"{place}: unknown endpoint {', '.join(unknown)}; known: {known}")

@@ -99,6 +99,12 @@ def takes_weights(kind: type[BaseModel]) -> bool:
     return False
 
 
+def takes_image(kind: type[BaseModel]) -> bool:
+    """Whether requests of this type have a field of their own for a picture."""
+    marks = [_mark(info) for info in kind.model_fields.values()]
+    return any(mark is not None and mark.kind is AssetKind.IMAGE for mark in marks)
+
+
 def _objects(annotation: Any) -> Iterator[type[BaseModel]]:
     """The types of the objects that a field may hold: `list[LoraWeight] | None` → LoraWeight."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -6,16 +6,21 @@
     │   ├── InputError          422, a list of fields and what to change
     │   ├── AssetError          422, before the field that named the file is known
     │   ├── BadRequest          400
+    │   ├── KeyReused           422
+    │   ├── Erased              410
     │   ├── NotAuthenticated    401
     │   ├── Forbidden           403
     │   ├── NotFound            404
     │   │   └── RequestNotFound 404, with the status word that fal's queue uses
     │   ├── MethodNotAllowed    405
+    │   ├── TargetRefused       412
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
+    │   ├── TooManyRuns         429
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
         ├── StoreDown           503, the queue's database or the file store cannot be reached or written
+        ├── BrokenOff           500, an answer that has begun cannot be finished
         ├── InternalError       500, the model failed on a valid request
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
@@ -116,6 +121,23 @@ class BadRequest(RequestError):
     """The request itself is malformed."""
 
 
+class KeyReused(RequestError):
+    """An Idempotency-Key came again with another input."""
+
+    status = 422
+    error_type = "idempotency_key_reused"
+
+
+class Erased(RequestError):
+    """The caller had the request's payloads deleted."""
+
+    status = 410
+    error_type = "payloads_deleted"
+
+    def __init__(self, message: str = "The payloads of this request were deleted.") -> None:
+        super().__init__(message)
+
+
 class NotAuthenticated(RequestError):
     """No key, or a wrong one."""
 
@@ -151,6 +173,12 @@ class MethodNotAllowed(RequestError):
     error_type = "method_not_allowed"
 
 
+class TargetRefused(RequestError):
+    """The proxy was asked for a host that it does not stand for."""
+
+    status = 412
+
+
 class BodyTooLarge(RequestError):
     """The body exceeds the server's limit."""
 
@@ -163,6 +191,14 @@ class QueueFull(RequestError):
 
     status = 429
     error_type = "queue_full"
+    retryable = True
+
+
+class TooManyRuns(RequestError):
+    """The caller waits for as many runs as it may; the queue takes what comes beyond."""
+
+    status = 429
+    error_type = "concurrent_requests_limit"
     retryable = True
 
 
@@ -179,11 +215,14 @@ class Cancelled(RequestError):
 class RequestFailed(DarkroomError):
     """A finished request did not succeed; `status`, `error_type` and the body are its answer's."""
 
-    def __init__(self, message: str, status: int, error_type: str, answer: dict[str, Any]) -> None:
+    def __init__(
+        self, message: str, status: int, error_type: str, answer: dict[str, Any], retryable: bool = False
+    ) -> None:
         super().__init__(message)
-        self.args = (message, status, error_type, answer)
+        self.args = (message, status, error_type, answer, retryable)
         self.status = status  # type: ignore[misc]
         self.error_type = error_type  # type: ignore[misc]
+        self.retryable = retryable  # type: ignore[misc]
         self._answer = answer
 
     def body(self) -> dict[str, Any]:
@@ -202,6 +241,10 @@ class InternalError(ServerError):
     def body(self) -> dict[str, Any]:
         detail = FieldError(("body",), self.message, self.error_type)
         return {"detail": [detail.body()], "error_type": self.error_type, "message": self.message}
+
+
+class BrokenOff(ServerError):
+    """An answer that has begun cannot be finished: the connection ends in the middle of it."""
 
 
 class StoreDown(ServerError):

@@ -88,7 +88,7 @@ class JobResult:
         """The output of a success. Raises RequestFailed with what the caller would have been told."""
         if self.status == 200:
             return self.body
-        raise RequestFailed(self.error or "", self.status, self.error_type or "", self.body)
+        raise RequestFailed(self.error or "", self.status, self.error_type or "", self.body, self.retryable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,20 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Once:
+    """A caller's word that a submit under the same key is the same submit, and what was asked under it."""
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """The answer to a submit."""
 
     request_id: str
     position: int  # jobs of the same model that run before it
+    replayed: bool = False  # it is that of an earlier submit under the same key
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,16 @@ class WebhookSettings(ReachSettings):
         return self
 
 
+class OpenAIModel(Settings):
+    """What a model's name means at the OpenAI-style paths."""
+
+    generations: str | None = Field(None, description="the endpoint that makes pictures from text")
+    edits: str | None = Field(None, description="the endpoint that remakes a picture")
+
+    def endpoints(self) -> list[str]:
+        return [each for each in (self.generations, self.edits) if each is not None]
+
+
 class FrontSettings(Settings):
     """The `args` of the front application: gateway, dispatcher, webhooks."""
 
@@ -107,6 +117,19 @@ class FrontSettings(Settings):
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="of an uploaded file")
+    max_runs: int | None = Field(
+        None, ge=1, description="runs and streams that one key waits for at once in a gateway replica"
+    )
+    run_grace_s: float = Field(
+        15, gt=0, description="after so long a run answers 200, and with spaces until its output is there"
+    )
+    linger_s: float = Field(
+        5, gt=0, description="a run whose caller left is cancelled so much later, unless the call comes again"
+    )
+    openai_models: dict[str, OpenAIModel] = Field(
+        default_factory=dict,
+        description="names that /v1/images takes beside endpoint ids: {gpt-image-2: {generations: …}}",
+    )
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     webhooks: WebhookSettings = WebhookSettings()

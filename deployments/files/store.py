@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 from pydantic import BaseModel, ConfigDict
 
+from schemas.errors import StoreDown
 from schemas.settings import local_path
 
 KEY_BYTES = 16  # 128 random bits in a name
@@ -89,6 +91,21 @@ class FileStore:
         found = await obstore.get_async(self.objects, key, options={"range": (start, end)})
         async for chunk in _chunks(found):
             yield chunk
+
+    async def content(self, key: str) -> bytes | None:
+        """All of a file that is small enough for it, or None."""
+        found = await self.open(key)
+        return None if found is None else b"".join([chunk async for chunk in found.chunks])
+
+    async def remove(self, key: str) -> None:
+        """Remove a file for good. What is no key, or is gone already, is no fault. Raises StoreDown."""
+        if await self._content_type(key) is not None:
+            try:
+                await obstore.delete_async(self.objects, key)
+            except FileNotFoundError:
+                pass  # another call was faster
+            except BaseError as error:
+                raise StoreDown("The file could not be removed.") from error
 
     async def has(self, key: str) -> bool:
         """Whether `open` would find the file."""

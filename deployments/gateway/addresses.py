@@ -8,8 +8,9 @@ other way are brought to that form, in this order:
 3. a host name of fal's, or one that begins like it (`queue.`, `rest.`, `v3.`);
 4. a bare path: the queue if it names a request or carries what only submits carry, else a run.
 
-fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`. The keys that webhooks are
-verified by are at `/.well-known/jwks.json`, whatever the host is called.
+fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`. What fal's platform tells of
+its models, here `/v1/…` and `/openapi/…`, has no prefix. The keys that webhooks are verified by are at
+`/.well-known/jwks.json`, whatever the host is called.
 """
 
 import re
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from schemas.errors import BadRequest, NotFound, RequestNotFound
+from schemas.errors import BadRequest, NotFound, RequestNotFound, TargetRefused
 
 PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
@@ -26,6 +27,7 @@ OWN_PATHS = ("/", "/health", "/ready")
 FILES = "/files/"
 BARE_JWKS = "/.well-known/jwks.json"  # whatever the host is called
 JWKS = f"/rest{BARE_JWKS}"
+PLATFORM = ("/v1/", "/openapi/", "/api/openapi/")  # at fal below api.fal.ai and fal.ai
 SERVICES = ("run", "queue", "rest", "cdn")
 
 _HOSTS = {
@@ -34,7 +36,9 @@ _HOSTS = {
     "rest.fal.ai": "rest",
     "rest.alpha.fal.ai": "rest",
     "v3.fal.media": "cdn",
+    "v3b.fal.media": "cdn",
 }
+_PLATFORM_HOSTS = ("api.fal.ai", "fal.ai")
 _HOST_PREFIXES = {"queue.": "queue", "rest.": "rest", "v3.": "cdn"}
 _SUBMIT_QUERY = {"fal_webhook", "fal_max_queue_length"}
 _NETLOC = re.compile(r"([^@/\s]+@)?([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?", re.ASCII)
@@ -52,7 +56,7 @@ class Address:
 def canonical(path: str, query: str, headers: Mapping[str, str]) -> Address:
     """The address in its prefixed form. Header names are lower case.
 
-    Raises BadRequest for a proxy call without a target, or with one that is not fal's or ours.
+    Raises BadRequest for a proxy call without a target, TargetRefused for a target that is not fal's or ours.
     """
     address = _prefixed(path, query, headers)
     is_file = address.path.startswith(f"/cdn{FILES}")
@@ -64,7 +68,7 @@ def _prefixed(path: str, query: str, headers: Mapping[str, str]) -> Address:
         return _proxied(headers)
     if path == BARE_JWKS:
         return Address(JWKS, query)
-    if path in OWN_PATHS or path.startswith(FILES) or _prefix(path) in SERVICES:
+    if path in OWN_PATHS or path.startswith((FILES, *PLATFORM)) or _prefix(path) in SERVICES:
         return Address(path, query)
     service = _service_of_host(headers.get("host", "")) or _service_of_bare(path, query, headers)
     return Address(f"/{service}{path}", query)
@@ -95,9 +99,10 @@ def _proxied(headers: Mapping[str, str]) -> Address:
     host = url.hostname or ""
     if service := _HOSTS.get(host):
         return Address(f"/{service}{url.path}", url.query)
-    if url.netloc == headers.get("host") and _prefix(url.path or "/") in SERVICES:
+    is_ours = url.netloc == headers.get("host") and _prefix(url.path or "/") in SERVICES
+    if is_ours or (host in _PLATFORM_HOSTS and url.path.startswith(PLATFORM)):
         return Address(url.path, url.query)
-    raise BadRequest(f"The proxy serves fal's hosts only ({', '.join(_HOSTS)}), not {host!r}.")
+    raise TargetRefused(f"The proxy serves fal's hosts only ({', '.join(_HOSTS)}), not {host!r}.")
 
 
 def _service_of_host(host: str) -> str | None:

@@ -8,13 +8,14 @@ from typing import Any
 from starlette.responses import Response
 
 from deployments.gateway.addresses import application
-from schemas.errors import DarkroomError, StartTimeout
-from schemas.jobs import CancelOutcome, Event, Job, JobResult, Logged, Record, State
+from schemas.errors import DarkroomError, StartTimeout, TooManyRuns
+from schemas.jobs import CancelOutcome, Event, Job, JobResult, Logged, Receipt, Record, State
 
 REQUEST_ID = "x-fal-request-id"
+REPLAYED = "idempotent-replayed"  # as Stripe calls it
 IGNORED_FIELDS = "x-darkroom-ignored-fields"
 
-_STATUS = {
+STATUS = {
     State.QUEUED: "IN_QUEUE",
     State.RUNNING: "IN_PROGRESS",
     State.COMPLETED: "COMPLETED",
@@ -62,6 +63,8 @@ def _answer(
     told = {"x-fal-error-type": error_type, "x-fal-retryable": str(retryable).lower()}
     if status == StartTimeout.status and error_type == StartTimeout.error_type:
         told["x-fal-request-timeout-type"] = "user"  # the clients do not try again
+    if error_type == TooManyRuns.error_type:
+        told["x-fal-needs-retry"] = "1"
     if status == 401:
         told["www-authenticate"] = "Key"
     return Json(body, status, {**told, **(headers or {})})
@@ -73,17 +76,18 @@ def cancelled(outcome: CancelOutcome, request_id: str) -> Json:
     return Json(body | message, status, {REQUEST_ID: request_id})
 
 
-def receipt(job: Job, position: int, ignored: Sequence[str]) -> Json:
+def receipt(job: Job, given: Receipt, ignored: Sequence[str]) -> Json:
     body: dict[str, Any] = {
-        "status": _STATUS[State.QUEUED],
+        "status": STATUS[State.QUEUED],
         "request_id": job.request_id,
         "gateway_request_id": job.request_id,
-        "queue_position": position,
+        "queue_position": given.position,
         **_urls(job, job.base_url),
         "logs": None,
         "metrics": {},
     }
-    return Json(body, 200, {REQUEST_ID: job.request_id, **ignored_header(ignored)})
+    headers = {REQUEST_ID: job.request_id, **ignored_header(ignored)}
+    return Json(body, 200, headers | ({REPLAYED: "true"} if given.replayed else {}))
 
 
 def ignored_header(ignored: Sequence[str]) -> dict[str, str]:
@@ -96,7 +100,7 @@ def status(record: Record, logs: Sequence[Event] | None, base_url: str) -> dict[
     """The status document. All keys that fal's Python client looks up are there in every state."""
     job = record.job
     body: dict[str, Any] = {
-        "status": _STATUS[record.state],
+        "status": STATUS[record.state],
         "request_id": job.request_id,
         **_urls(job, base_url),
         "logs": None if logs is None else [line for each in logs if (line := _line(each))],

@@ -3,8 +3,10 @@
 Run, stream and Python callers are the same job as a queued one, with somebody waiting on it.
 """
 
+import hashlib
+import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -25,6 +27,7 @@ from schemas.jobs import (
     Job,
     JobResult,
     Logged,
+    Once,
     Priority,
     Receipt,
     Record,
@@ -52,6 +55,7 @@ class Wishes:
     webhook_url: str | None = None
     max_queue_length: int | None = None  # refuse when more wait
     previews: bool = False
+    idempotency_key: str | None = None  # what comes again under it is the same request
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +140,27 @@ class Gateway:
             previews=wishes.previews,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
-        receipt = await self._queue.submit(job, notes, wishes.max_queue_length)
-        logger.info("accepted %s for %s", job.request_id, endpoint_id)
+        key = wishes.idempotency_key
+        once = Once(key, fingerprint(endpoint_id, fields)) if key else None
+        receipt = await self._queue.submit(job, notes, wishes.max_queue_length, once)
+        if receipt.replayed:
+            first = await self._queue.get(receipt.request_id, caller.tenant)
+            job = first.job if first is not None else job
+        logger.info("%s %s for %s", "found" if receipt.replayed else "accepted", job.request_id, endpoint_id)
         return Accepted(job, receipt, ignored)
+
+    async def recent(
+        self, tenant: str, limit: int, before: int | None, endpoints: Sequence[str]
+    ) -> list[tuple[int, Record]]:
+        """See Queue.recent."""
+        return await self._queue.recent(tenant, limit, before, endpoints)
+
+    async def erase(self, request_id: str, tenant: str) -> Record:
+        """See Queue.erase. Raises NotFound and BadRequest."""
+        record = await self._queue.erase(request_id, tenant)
+        if record is None:
+            raise RequestNotFound(f"Request {request_id} not found")
+        return record
 
     async def record(self, app: str, request_id: str, tenant: str) -> Record:
         """A tenant's request under its application. Raises NotFound."""
@@ -178,6 +200,10 @@ class Gateway:
         except AssetError as error:
             raise BadRequest(f"fal_webhook: {error.message}") from error
 
+    def check(self, endpoint_id: str) -> None:
+        """Raise NotFound for what is not served here."""
+        self._model_of(endpoint_id)
+
     def _model_of(self, endpoint_id: str) -> str:
         if model := self._routes.get(endpoint_id):
             return model
@@ -186,3 +212,9 @@ class Gateway:
             path = endpoint_id.removeprefix(app)
             raise NotFound(f"Path {path or '/'} not found")
         raise NotFound(f'Application "{app}" not found')
+
+
+def fingerprint(endpoint_id: str, fields: Mapping[str, Any]) -> str:
+    """The same for the same call."""
+    text = json.dumps([endpoint_id, fields], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,7 @@
 """The gateway over HTTP: Starlette routes that translate, and do nothing else."""
 
 import asyncio
-import contextvars
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -11,14 +9,29 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from deployments.gateway import answers, body, downloads, middleware, sse, uploads, wishes
+from deployments.gateway import (
+    answers,
+    attendance,
+    body,
+    downloads,
+    history,
+    middleware,
+    models,
+    openai,
+    realtime,
+    sse,
+    tokens,
+    uploads,
+    wishes,
+)
+from deployments.gateway.abandoned import abandon, while_connected
 from deployments.gateway.addresses import JWKS, METHODS, Verb, queue_path
+from deployments.gateway.attendance import Attendance
 from deployments.gateway.gateway import Accepted, Caller, Gateway
+from deployments.gateway.keep_alive import KeptAlive
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
 from schemas.jobs import JobResult, Previewed, Record, Snapshot
-
-logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # a stream's answer begins after so long at the latest, with or without an event
 
@@ -30,7 +43,8 @@ Ready = Callable[[], Awaitable[bool]]
 def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[str, Any]]) -> ASGIApp:
     """The ASGI application. `ready` tells whether every model can take a request, `jwks` by which keys
     webhooks are verified."""
-    http = _Http(gateway, ready, jwks)
+    present = Attendance(gateway, gateway.settings.linger_s)
+    http = _Http(gateway, present, ready, jwks)
     everything = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
     routes = [
         Route("/", http.about),
@@ -38,6 +52,11 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
         Route("/ready", http.ready),
         *downloads.routes(gateway.files),
         *uploads.routes(gateway, keys),
+        *models.routes(gateway),
+        *tokens.routes(keys),
+        *realtime.routes(gateway, keys),
+        *openai.routes(gateway, present),
+        *history.routes(gateway),
         Route("/run/{path:path}", http.run, methods=everything),
         Route("/queue/{path:path}", http.queue, methods=everything),
         Route(JWKS, http.jwks),
@@ -46,6 +65,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
     ]
     app: ASGIApp = Router(routes=routes, redirect_slashes=False)
     for layer in (
+        lambda inner: middleware.Turnstile(inner, gateway.settings.max_runs),
         middleware.Addressing,
         lambda inner: middleware.Authentication(inner, keys),
         middleware.Errors,
@@ -56,8 +76,11 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
 
 
 class _Http:
-    def __init__(self, gateway: Gateway, ready: Ready, jwks: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, gateway: Gateway, present: Attendance, ready: Ready, jwks: Callable[[], dict[str, Any]]
+    ) -> None:
         self._gateway = gateway
+        self._attendance = present
         self._ready = ready
         self._jwks = jwks
 
@@ -83,8 +106,7 @@ class _Http:
         if request.method not in METHODS[path.verb]:
             raise MethodNotAllowed(f"Use {' or '.join(METHODS[path.verb])} here.")
         if path.verb == Verb.SUBMIT:
-            accepted = await self._submit(request, path.app)
-            return answers.receipt(accepted.job, accepted.receipt.position, accepted.ignored)
+            return await self._enqueue(request, path.app)
         caller = self._caller(request)
         record = await self._gateway.record(path.app, path.request_id, caller.tenant)
         answer = {
@@ -94,6 +116,14 @@ class _Http:
             Verb.CANCEL: self._cancel,
         }[path.verb]
         return await answer(request, caller, record)
+
+    async def _enqueue(self, request: Request, endpoint_id: str) -> Response:
+        fields = await self._fields(request)
+        call = attendance.call("queue", request, endpoint_id, fields)
+        accepted = self._attendance.returning(call) or await self._submit(request, endpoint_id, fields)
+        if await request.is_disconnected():
+            self._attendance.missed(call, accepted, cancels=False)
+        return answers.receipt(accepted.job, accepted.receipt, accepted.ignored)
 
     async def _status(self, request: Request, caller: Caller, record: Record) -> Response:
         request_id = record.job.request_id
@@ -127,27 +157,39 @@ class _Http:
         endpoint_id = path.removesuffix("/stream")
         if endpoint_id != path and path not in self._gateway.endpoints:
             return await self._stream(request, endpoint_id)
-        accepted = await self._submit(request, path)
-        job = accepted.job
-        found = await self._while_connected(
-            request, accepted, self._gateway.result(job.request_id, job.tenant)
-        )
-        if found is None:
-            return Response(status_code=499)  # nobody reads it
-        answer = answers.result(found, job.request_id)
-        answer.headers.update(answers.ignored_header(accepted.ignored))
-        return answer
+        fields = await self._fields(request)
+        call = attendance.call("run", request, path, fields)
+        accepted = self._attendance.returning(call) or await self._submit(request, path, fields)
+        request_id = accepted.job.request_id
+        headers = {answers.REQUEST_ID: request_id, **answers.ignored_header(accepted.ignored)}
+        with self._attendance.visit(call, accepted) as visit:
+            waiting = asyncio.wait([visit.result], timeout=self._gateway.settings.run_grace_s)
+            if await while_connected(request.receive, waiting) is None:
+                return Response(status_code=499)  # nobody reads it
+            if not visit.result.done():
+                return KeptAlive(visit, headers)
+            answer = answers.result(visit.result.result(), request_id)
+            answer.headers.update(headers)
+            visit.is_served = True
+            return answer
 
     async def _stream(self, request: Request, endpoint_id: str) -> Response:
         """Previews as server-sent events, the output as the last one. An error before the first
         event is an ordinary answer; a later one is an event with `error`."""
-        accepted = await self._submit(request, endpoint_id, previews=True)
+        fields = await self._fields(request)
+        accepted = await self._submit(request, endpoint_id, fields, previews=True)
         job = accepted.job
         events = _outputs(self._gateway.watch(job.request_id, job.tenant))
         first = asyncio.ensure_future(anext(events))
-        done = await self._while_connected(request, accepted, asyncio.wait([first], timeout=GRACE_S))
-        if done is None:
-            first.cancel()
+        waiting = asyncio.wait([first], timeout=GRACE_S)
+        has_left = True
+        try:
+            has_left = await while_connected(request.receive, waiting) is None
+        finally:
+            if has_left:
+                first.cancel()
+                abandon(self._gateway, job)
+        if has_left:
             return Response(status_code=499)
         event = first.result() if first.done() else None
         if isinstance(event, JobResult) and event.error is not None:
@@ -166,58 +208,29 @@ class _Http:
         def closed() -> None:
             first.cancel()
             if not ended.is_set():
-                self._abandon(accepted)
+                abandon(self._gateway, job)
 
         return sse.EventStream(documents(), headers, closed)
 
-    async def _submit(self, request: Request, endpoint_id: str, *, previews: bool = False) -> Accepted:
+    async def _fields(self, request: Request) -> dict[str, Any]:
+        """A call's input: its body, or the query of a GET."""
         if request.method == "GET":
             query = request.query_params.items()
             fields: dict[str, Any] = {k: v for k, v in query if not k.startswith("fal_")}
             body.check(fields)
-        else:
-            limit = self._gateway.settings.max_body_bytes
-            declared = request.headers.get("content-length")
-            fields = body.parse(await body.read(request.stream(), declared, limit))
+            return fields
+        limit = self._gateway.settings.max_body_bytes
+        declared = request.headers.get("content-length")
+        return body.parse(await body.read(request.stream(), declared, limit))
+
+    async def _submit(
+        self, request: Request, endpoint_id: str, fields: dict[str, Any], *, previews: bool = False
+    ) -> Accepted:
         asked = wishes.read(request, previews=previews)
         return await self._gateway.submit(endpoint_id, fields, self._caller(request), asked)
 
     def _caller(self, request: Request) -> Caller:
         return Caller(request.state.tenant, self._gateway.settings.public_url or wishes.base_url(request))
-
-    async def _while_connected(
-        self, request: Request, accepted: Accepted, work: Coroutine[Any, Any, Any]
-    ) -> Any:
-        """The outcome of `work`, or None if the client left before it; then the job is cancelled."""
-        working = asyncio.ensure_future(work)
-        leaving = asyncio.ensure_future(_disconnect(request))
-        try:
-            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-            return working.result() if working.done() else None
-        finally:
-            leaving.cancel()
-            if not working.done():
-                working.cancel()
-                self._abandon(accepted)
-
-    def _abandon(self, accepted: Accepted) -> None:
-        """Cancel a request whose caller left, outliving the call that notices."""
-        job = accepted.job
-        logger.info("the caller of %s left; cancelling it", job.request_id)
-        task = asyncio.get_running_loop().create_task(
-            self._gateway.cancel(job.request_id, job.tenant), context=contextvars.Context()
-        )
-        _background.add(task)
-        task.add_done_callback(_background.discard)
-
-
-_background: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks only weakly
-
-
-async def _disconnect(request: Request) -> None:
-    """Wait until the client is gone. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _wants_logs(request: Request) -> bool:

@@ -1,6 +1,7 @@
 """The layers around the routes, outermost last: plain ASGI callables."""
 
 import logging
+from collections import Counter
 from uuid import uuid4
 
 from starlette.datastructures import Headers as HeaderView
@@ -8,8 +9,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
-from deployments.gateway import answers
+from deployments.gateway import answers, tokens
 from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
 from deployments.gateway.keys import Keys
 from schemas.errors import (
@@ -19,18 +21,45 @@ from schemas.errors import (
     MethodNotAllowed,
     NotFound,
     RequestError,
+    TooManyRuns,
 )
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_PATHS = ("/health", "/ready", JWKS, BARE_JWKS)
 # A file is named by 128 random bits. Who sends one shows a ticket or a pass instead of a key.
-PUBLIC_PREFIXES = ("/files/", "/cdn/files/")
+# What can be asked of a model is no secret, and fal shows it to anyone.
+PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/")
+PUBLIC_PATHS = ("/health", "/ready", "/v1/models", JWKS, BARE_JWKS)
+
+RUN_PREFIXES = ("/run/", "/v1/images/")  # where a caller waits for its pictures
 
 _EXPOSED = (
     "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, "
-    "x-fal-billable-units, x-darkroom-ignored-fields, etag"
+    "x-fal-billable-units, x-darkroom-ignored-fields, idempotent-replayed, etag"
 )
+
+
+class Turnstile:
+    """Bounds the calls that a key waits for at once. Lies within `Addressing` and `Authentication`."""
+
+    def __init__(self, app: ASGIApp, limit: int | None) -> None:
+        self._app = app
+        self._limit = limit
+        self._inside: Counter[str] = Counter()  # calls, by tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_run = scope["type"] == "http" and scope["path"].startswith(RUN_PREFIXES)
+        if self._limit is None or not is_run:
+            await self._app(scope, receive, send)
+            return
+        tenant = scope["state"]["tenant"]
+        if self._inside[tenant] >= self._limit:
+            raise TooManyRuns(f"At most {self._limit} runs of one key at once; the queue takes more.")
+        self._inside[tenant] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._inside[tenant] -= 1
 
 
 class Addressing:
@@ -40,7 +69,7 @@ class Addressing:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             query = scope["query_string"].decode("latin-1")
             address = canonical(scope["path"], query, HeaderView(scope=scope))
             path, query_string = address.path, address.query.encode("latin-1", "replace")
@@ -66,18 +95,34 @@ class Authentication:
             return
         path = scope["path"]
         if path not in PUBLIC_PATHS and not path.startswith(PUBLIC_PREFIXES):
-            given = HeaderView(scope=scope).getlist("authorization")
-            scope.setdefault("state", {})["tenant"] = self._keys.tenant(given)
+            scope.setdefault("state", {})["tenant"] = self._tenant(scope)
         await self._app(scope, receive, send)
+
+    def _tenant(self, scope: Scope) -> str:
+        """By the key, or by the token that a browser has instead of one."""
+        headers, query = HeaderView(scope=scope), scope["query_string"].decode("latin-1")
+        given = headers.getlist("authorization")
+        if not given and (token := tokens.token_in(query)):
+            return self._keys.holder(token, tokens.covered(canonical(scope["path"], query, headers).path))
+        return self._keys.tenant(given)
 
 
 class Errors:
-    """Turns what is raised into fal's shapes. Here a fault of ours is logged, once."""
+    """Turns what is raised into fal's shapes. Here a fault of ours is logged, once.
+
+    A websocket is refused without a word, unless its route has taken it: then that has told.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            try:
+                await self._app(scope, receive, send)
+            except RequestError:
+                await WebSocketClose()(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

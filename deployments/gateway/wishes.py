@@ -1,6 +1,6 @@
 """What a caller asks beside its input, in headers and query parameters."""
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from deployments.gateway.addresses import parse_url
 from deployments.gateway.gateway import Wishes
@@ -8,13 +8,15 @@ from schemas.errors import BadRequest
 from schemas.jobs import Priority
 
 MIN_START_TIMEOUT_S = 0.1
+MAX_KEY = 255  # characters of an Idempotency-Key
 
 
-def base_url(request: Request) -> str:
+def base_url(request: HTTPConnection) -> str:
     """How the caller reached us, as far as a proxy in front tells. Raises BadRequest."""
     forwarded = request.headers.get("x-forwarded-host")
     host = forwarded or request.headers.get("host") or ""
     scheme = request.headers.get("x-forwarded-proto") or request.url.scheme
+    scheme = {"ws": "http", "wss": "https"}.get(scheme, scheme)
     text = f"{scheme.split(',')[0].strip()}://{host.split(',')[0].strip()}"
     url = parse_url(text)
     if url is None or url.username is not None or url.netloc != text.partition("://")[2]:
@@ -31,7 +33,16 @@ def read(request: Request, *, previews: bool) -> Wishes:
         webhook_url=_webhook_url(request),
         max_queue_length=_max_queue_length(request),
         previews=previews,
+        idempotency_key=_idempotency_key(request),
     )
+
+
+def _idempotency_key(request: Request) -> str | None:
+    """draft-ietf-httpapi-idempotency-key-header"""
+    text = request.headers.get("idempotency-key")
+    if text is not None and not (text.isascii() and text.isprintable() and 1 <= len(text) <= MAX_KEY):
+        raise BadRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters.")
+    return text
 
 
 def _webhook_url(request: Request) -> str | None:

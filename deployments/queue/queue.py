@@ -20,7 +20,7 @@ from sqlalchemy import Connection, RowMapping
 from deployments.queue import rows
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
-from schemas.errors import Cancelled, QueueFull, StartTimeout, WorkerLost
+from schemas.errors import BadRequest, Cancelled, Erased, KeyReused, QueueFull, StartTimeout, WorkerLost
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -28,6 +28,7 @@ from schemas.jobs import (
     Job,
     JobEvent,
     JobResult,
+    Once,
     Receipt,
     Record,
     Snapshot,
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+KEY_S = 24 * 3600.0  # how long the key of a submit is remembered
 LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
 
 
@@ -75,10 +77,18 @@ class Queue:
 
     # --- the caller's side ---
 
-    async def submit(self, job: Job, notes: Sequence[JobEvent] = (), max_ahead: int | None = None) -> Receipt:
+    async def submit(
+        self,
+        job: Job,
+        notes: Sequence[JobEvent] = (),
+        max_ahead: int | None = None,
+        once: Once | None = None,
+    ) -> Receipt:
         """Accept a job. When this returns it is on disk and will reach a result.
 
-        Raises QueueFull, and keeps nothing, when more than `max_ahead` jobs run before it.
+        Under a key that is known, the receipt is of the request that came first, and nothing is kept.
+        Raises QueueFull, and keeps nothing, when more than `max_ahead` jobs run before it; KeyReused when
+        the key came with another input.
         """
         now = self._clock()
         deadline = None if job.start_timeout_s is None else now + job.start_timeout_s
@@ -94,6 +104,8 @@ class Queue:
         }
 
         def operation(connection: Connection) -> Receipt:
+            if once is not None and (known := _submitted(connection, job, once, now)) is not None:
+                return known
             seq = connection.execute(sql.ACCEPT, values).scalar_one()
             _append(connection, job.request_id, notes, now)
             position = _position(connection, job.model, job.priority, seq)
@@ -108,6 +120,40 @@ class Queue:
     async def get(self, request_id: str, tenant: str) -> Record | None:
         """The record of a tenant's request, or None."""
         return await self._database.read(lambda connection: _find(connection, request_id, tenant))
+
+    async def recent(
+        self, tenant: str, limit: int, before: int | None = None, endpoints: Sequence[str] = ()
+    ) -> list[tuple[int, Record]]:
+        """A tenant's newest requests, newest first, each with its `seq`; those below `before` only."""
+        wanted = {"tenant": tenant, "limit": limit, "before": 2**62 if before is None else before}
+
+        def operation(connection: Connection) -> list[tuple[int, Record]]:
+            if endpoints:
+                found = connection.execute(sql.RECENT_OF, wanted | {"endpoints": list(endpoints)})
+            else:
+                found = connection.execute(sql.RECENT, wanted)
+            return [(row["seq"], rows.record(row, None)) for row in found.mappings()]
+
+        return await self._database.read(operation)
+
+    async def erase(self, request_id: str, tenant: str) -> Record | None:
+        """Delete the input, the output and the log of a completed request. Returns what it was, or None.
+
+        Raises BadRequest while it is not completed.
+        """
+        gone = JobResult.failure(Erased())
+
+        def operation(connection: Connection) -> Record | None:
+            record = _find(connection, request_id, tenant)
+            if record is None:
+                return None
+            if record.state != State.COMPLETED:
+                raise BadRequest("The request is still in progress; cancel it first.")
+            connection.execute(sql.FORGET_EVENTS, {"request_id": request_id})
+            _set(connection, request_id, input={}, **rows.result_values(gone))
+            return record
+
+        return await self._write(operation)
 
     async def events(self, request_id: str, after: int = 0) -> list[Event]:
         """The events of a request with `seq` above `after`, in order."""
@@ -369,6 +415,26 @@ def _find(connection: Connection, request_id: str, tenant: str) -> Record | None
     if row["state"] == State.QUEUED:
         position = _position(connection, row["model"], row["priority"], row["seq"])
     return rows.record(row, position)
+
+
+def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Receipt | None:
+    """The receipt of the submit that came first under the key. If there was none, this is the first.
+
+    A request that was cancelled, or failed for no fault of its own, does not count: its caller tries again.
+    """
+    place = {"tenant": job.tenant, "key": once.key}
+    connection.execute(sql.FORGET_OLD_KEYS, {"before": now - KEY_S})
+    row = connection.execute(sql.SUBMITTED, place).mappings().first()
+    if row is not None and row["error_type"] != Cancelled.error_type and not row["retryable"]:
+        if row["once_fingerprint"] != once.fingerprint:
+            raise KeyReused("This Idempotency-Key was used for another input; take a new one.")
+        is_queued = row["state"] == State.QUEUED
+        position = _position(connection, row["model"], row["priority"], row["seq"]) if is_queued else 0
+        return Receipt(row["request_id"], position, replayed=True)
+    connection.execute(sql.FORGET_KEY, place)
+    new = {"fingerprint": once.fingerprint, "request_id": job.request_id, "at": now}
+    connection.execute(sql.REMEMBER_KEY, place | new)
+    return None
 
 
 def _position(connection: Connection, model: str, priority: int, seq: int) -> int:

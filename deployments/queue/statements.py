@@ -3,7 +3,7 @@
 from sqlalchemy import BindParameter, and_, bindparam, delete, func, insert, or_, select, update
 
 from deployments.queue.rows import STATE_CHANGE
-from deployments.queue.tables import deliveries, events, requests
+from deployments.queue.tables import deliveries, events, once, requests
 from schemas.jobs import State
 
 _queued = requests.c.state == State.QUEUED
@@ -78,6 +78,27 @@ CANCELLED = select(requests.c.request_id).where(
 NEXT_DEADLINE = select(func.min(requests.c.start_deadline)).where(_queued)
 NEXT_BACKOFF = select(func.min(requests.c.not_before)).where(_queued, requests.c.not_before > _now)
 
+# A tenant's newest requests, of some endpoints or of all.
+_newest_first = (
+    select(requests)
+    .where(requests.c.tenant == bindparam("tenant"), requests.c.seq < bindparam("before"))
+    .order_by(requests.c.seq.desc())
+    .limit(bindparam("limit"))
+)
+RECENT = _newest_first
+RECENT_OF = _newest_first.where(requests.c.endpoint_id.in_(bindparam("endpoints", expanding=True)))
+
+# --- keys of submits ---
+
+SUBMITTED = (
+    select(requests, once.c.fingerprint.label("once_fingerprint"))
+    .join(once, once.c.request_id == requests.c.request_id)
+    .where(once.c.tenant == bindparam("tenant"), once.c.key == bindparam("key"))
+)
+REMEMBER_KEY = insert(once)
+FORGET_KEY = delete(once).where(once.c.tenant == bindparam("tenant"), once.c.key == bindparam("key"))
+FORGET_OLD_KEYS = delete(once).where(once.c.at < bindparam("before"))
+
 # --- events and deliveries ---
 
 APPEND = insert(events)
@@ -94,6 +115,10 @@ EVENTS = (
 
 FORGET_PREVIEWS = delete(events).where(
     events.c.request_id == bindparam("request_id"), events.c.kind == "preview"
+)
+
+FORGET_EVENTS = delete(events).where(
+    events.c.request_id == bindparam("request_id"), events.c.kind != STATE_CHANGE
 )
 
 NEWEST = select(func.coalesce(func.max(events.c.seq), 0))

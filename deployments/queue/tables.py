@@ -74,6 +74,18 @@ events = Table(
     sqlite_autoincrement=True,
 )
 
+# The keys under which callers submitted: what comes again under one is answered with its request.
+once = Table(
+    "once",
+    metadata,
+    Column("tenant", String(100), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("request_id", String(36), nullable=False),
+    Column("at", Float, nullable=False),
+    Index("once_by_age", "at"),
+)
+
 # Webhooks that are owed, written in the transaction that ends the request.
 deliveries = Table(
     "deliveries",

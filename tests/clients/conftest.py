@@ -35,6 +35,7 @@ MAX_UPLOAD_BYTES = 100_000_000
 NODE = Path(__file__).parent / "node"
 WAYS = [
     "proxyUrl",  # @fal-ai/client: proxyUrl, for every request
+    "middleware",  # @fal-ai/client: a requestMiddleware to the proxy
     "prefixes",  # @fal-ai/client: a requestMiddleware that turns fal's hosts into path prefixes
     "serverless",  # @fal-ai/serverless-client, its predecessor: a requestMiddleware to the proxy
 ]
@@ -48,7 +49,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     wait, and may fetch from this machine."""
     folder = tmp_path_factory.mktemp("clients")
     here = {"allowed_networks": ["127.0.0.0/8"], "allowed_ports": []}
-    front: dict[str, Any] = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_UPLOAD_BYTES}
+    front: dict[str, Any] = {
+        "max_body_bytes": MAX_BODY_BYTES,
+        "max_upload_bytes": MAX_UPLOAD_BYTES,
+        "run_grace_s": 5,
+    }
     front["webhooks"] = here | {"retries_s": [0.1, 0.1], "timeout_s": 5}
     model = {"fetch": here, "weights": {"cache": f"file://{folder}/weights"}}
     path = write_config(folder, front=front, model=model, models=MODELS)
@@ -136,7 +141,7 @@ def tell(way: str, server: Server, node_packages: Path) -> Tell:
 
     def run(script: str, given: Any = None) -> dict[str, Any]:
         done = subprocess.run(
-            ["node", script, way, server.url],
+            ["node", "--experimental-websocket", script, way, server.url],
             cwd=node_packages,
             input=json.dumps(given),
             capture_output=True,

@@ -1,5 +1,6 @@
 """The wire protocol where fal's clients hide it: statuses, headers, and what no client would send."""
 
+import base64
 import json
 import socket
 import time
@@ -9,9 +10,24 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from openapi_schema_validator import OAS30ReadValidator
 
 from tests.clients.conftest import MAX_BODY_BYTES
-from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, SMALL, WATCHED, steps
+from tests.clients.inputs import (
+    ALICE,
+    APP,
+    EDIT,
+    EDIT_EXAMPLE,
+    ENDPOINT,
+    LONG,
+    REMAKE,
+    REMAKE_EXAMPLE,
+    SMALL,
+    WATCHED,
+    drawing,
+    encoded,
+    steps,
+)
 from tests.support.server import Server
 from tests.support.watching import follow, submit
 
@@ -173,6 +189,26 @@ def test_the_newer_name_of_the_start_timeout_wins(alice: httpx.Client, busy: dic
     assert answer.status_code == 504
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        (ENDPOINT, SMALL),
+        (REMAKE, REMAKE_EXAMPLE),
+        (EDIT, EDIT_EXAMPLE),
+    ],
+)
+def test_what_a_model_answers_is_valid_by_its_own_document(
+    endpoint: str, fields: dict[str, Any], alice: httpx.Client
+) -> None:
+    document = alice.get(f"/openapi/{endpoint}").json()
+    result = document["paths"][f"/{endpoint}/requests/{{request_id}}"]["get"]["responses"]["200"]
+    schema = result["content"]["application/json"]["schema"] | {"components": document["components"]}
+    picture = base64.b64encode(encoded(drawing((64, 64)))).decode()
+    answer = alice.post(f"/run/{endpoint}", json=fields | {"image_url": f"data:image/png;base64,{picture}"})
+    assert answer.status_code == 200
+    OAS30ReadValidator(schema).validate(answer.json())
+
+
 # --- the status stream ---
 
 
@@ -235,6 +271,37 @@ def test_a_run_whose_caller_leaves_is_cancelled(
     until(lambda: ahead() == 0)
     assert alice.get(busy["status_url"]).json()["status"] == "IN_PROGRESS"  # so the run never ran
     bob.put(probe["cancel_url"])
+
+
+# --- runs that take long, and calls that come again ---
+
+
+def test_a_long_run_is_kept_alive_and_cancelled_when_its_caller_leaves(alice: httpx.Client) -> None:
+    with alice.stream("POST", f"/run/{ENDPOINT}", json=LONG) as answer:
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+        assert next(answer.iter_raw()) == b" "
+    url = f"/queue/{APP}/requests/{answer.headers['x-fal-request-id']}/status"
+    assert finished(alice, {"status_url": url})["error_type"] == "client_cancelled"
+
+
+def test_a_long_run_that_ends_badly_breaks_off_and_says_why_when_it_comes_again(alice: httpx.Client) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        with alice.stream("POST", f"/run/{ENDPOINT}", json=LONG) as answer:
+            chunks = answer.iter_raw()
+            assert next(chunks) == b" "
+            request_id = answer.headers["x-fal-request-id"]
+            assert alice.put(f"/queue/{APP}/requests/{request_id}/cancel").status_code == 202
+            assert set(chunks) <= {b" "}
+    again = alice.post(f"/run/{ENDPOINT}", json=LONG)
+    assert (again.status_code, again.headers["x-fal-request-id"]) == (499, request_id)
+
+
+def test_a_submit_under_a_known_key_is_answered_with_its_request(alice: httpx.Client) -> None:
+    headers = {"idempotency-key": str(uuid4())}
+    first, second = (alice.post(f"/queue/{ENDPOINT}", json=SMALL, headers=headers) for _ in range(2))
+    assert first.json()["request_id"] == second.json()["request_id"]
+    listed = alice.get("/v1/models/requests", params={"limit": 1}).json()["items"]
+    assert [item["request_id"] for item in listed] == [first.json()["request_id"]]
 
 
 # --- addresses ---
@@ -314,24 +381,24 @@ def test_the_proxy_takes_any_method(alice: httpx.Client, busy: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "target",
+    ("target", "status"),
     [
-        None,  # no target
-        "",  # an empty one
-        "fal.run/fal-ai/flux/dev",  # not a URL
-        "https://example.com/fal-ai/flux/dev",  # someone else's
-        "https://fal.run.example.com/fal-ai/flux/dev",  # a name that begins like fal's
-        "https://fal.run@example.com/fal-ai/flux/dev",  # fal's name as a user's
-        "https://example.com/?https://fal.run/fal-ai/flux/dev",  # fal's name further back
-        "http://127.0.0.1:1/queue/fal-ai/flux/dev",  # another port of this machine
-        "http://[::1/queue",  # half an address
-        "file:///etc/passwd",
+        (None, 400),  # no target
+        ("", 400),  # an empty one
+        ("fal.run/fal-ai/flux/dev", 400),  # not a URL
+        ("http://[::1/queue", 400),  # half an address
+        ("file:///etc/passwd", 400),
+        ("https://example.com/fal-ai/flux/dev", 412),  # someone else's
+        ("https://fal.run.example.com/fal-ai/flux/dev", 412),  # a name that begins like fal's
+        ("https://fal.run@example.com/fal-ai/flux/dev", 412),  # fal's name as a user's
+        ("https://example.com/?https://fal.run/fal-ai/flux/dev", 412),  # fal's name further back
+        ("http://127.0.0.1:1/queue/fal-ai/flux/dev", 412),  # another port of this machine
     ],
 )
-def test_the_proxy_has_no_other_targets(target: str | None, alice: httpx.Client) -> None:
+def test_the_proxy_has_no_other_targets(target: str | None, status: int, alice: httpx.Client) -> None:
     headers = {} if target is None else {TARGET: target}
     answer = alice.post("/api/fal/proxy", json=SMALL, headers=headers)
-    assert (answer.status_code, answer.json()["error_type"]) == (400, "bad_request")
+    assert (answer.status_code, answer.json()["error_type"]) == (status, "bad_request")
     assert answer.json()["message"]
 
 

@@ -7,15 +7,17 @@ import pytest
 
 from deployments.queue import Queue
 from deployments.queue.tables import deliveries
-from schemas.errors import QueueFull
+from schemas.errors import BadRequest, KeyReused, QueueFull
 from schemas.jobs import (
     CancelOutcome,
     Claim,
     Job,
     JobResult,
     Logged,
+    Once,
     Previewed,
     Priority,
+    Receipt,
     Snapshot,
     State,
 )
@@ -381,3 +383,68 @@ async def test_texts_are_only_texts(queue: Queue, text: str) -> None:
     record = await queue.get(job.request_id, text[:50])
     assert record is not None
     assert record.job.input == {"prompt": text}
+
+
+# --- the same submit again ---
+
+
+async def test_a_key_is_remembered_for_a_day(queue: Queue, clock: Clock) -> None:
+    once = Once("key", "fingerprint")
+    first, second = [await queue.submit(make_job(), once=once) for _ in range(2)]
+    assert second == Receipt(first.request_id, 0, replayed=True)
+    clock.now += 24 * 3600 + 1
+    third = await queue.submit(make_job(), once=once)
+    assert third.request_id != first.request_id and not third.replayed
+
+
+async def test_the_receipt_of_a_known_key_has_the_true_position(queue: Queue) -> None:
+    once = Once("key", "fingerprint")
+    await queue.submit(make_job())
+    first = await queue.submit(make_job(), once=once)
+    await queue.submit(make_job())
+    assert (await queue.submit(make_job(), once=once)).position == first.position == 1
+
+
+async def test_a_known_key_with_another_input_keeps_nothing(queue: Queue) -> None:
+    await queue.submit(make_job(), once=Once("key", "one"))
+    job = make_job()
+    with pytest.raises(KeyReused):
+        await queue.submit(job, once=Once("key", "other"))
+    assert await queue.get(job.request_id, job.tenant) is None
+
+
+async def test_a_refused_submit_leaves_no_key(queue: Queue) -> None:
+    once = Once("key", "fingerprint")
+    await queue.submit(make_job())
+    with pytest.raises(QueueFull):
+        await queue.submit(make_job(), max_ahead=0, once=once)
+    assert not (await queue.submit(make_job(), once=once)).replayed
+
+
+# --- a caller's past ---
+
+
+async def test_recent_requests_come_newest_first_and_in_pages(queue: Queue) -> None:
+    jobs = [make_job() for _ in range(3)]
+    for job in [*jobs, make_job(tenant="other")]:
+        await queue.submit(job)
+    newest = await queue.recent("public", 2)
+    assert [record.job for _, record in newest] == jobs[:0:-1]
+    rest = await queue.recent("public", 2, before=newest[-1][0])
+    assert [record.job for _, record in rest] == jobs[:1]
+    assert await queue.recent("public", 2, endpoints=["fal-ai/other"]) == []
+
+
+async def test_erasing_leaves_that_there_was_a_request_and_no_more(queue: Queue) -> None:
+    job = make_job()
+    await queue.submit(job, [Logged("a line")])
+    with pytest.raises(BadRequest):
+        await queue.erase(job.request_id, job.tenant)
+    await queue.cancel(job.request_id, job.tenant)
+    assert await queue.erase(job.request_id, "other") is None
+    before = await queue.erase(job.request_id, job.tenant)
+    assert before is not None and before.job == job
+    after = await queue.get(job.request_id, job.tenant)
+    assert after is not None and after.result is not None
+    assert (after.state, after.job.input, after.result.status) == (State.COMPLETED, {}, 410)
+    assert await queue.events(job.request_id) == []

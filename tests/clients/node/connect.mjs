@@ -25,6 +25,7 @@ export function connect(way, server, credentials) {
 
   const ways = {
     proxyUrl: () => createFalClient({ credentials, proxyUrl: { url: proxy, when: "always" } }),
+    middleware: () => createFalClient({ credentials, requestMiddleware: toProxy }),
     prefixes: () => createFalClient({ credentials, requestMiddleware: toPrefixes }),
     serverless: () => {
       serverless.config({ credentials, requestMiddleware: toProxy });

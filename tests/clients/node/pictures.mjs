@@ -33,7 +33,7 @@ async function subscribe(endpoint, input) {
 }
 
 const report = { examples: {} };
-let seed = { proxyUrl: 2000, prefixes: 3000, serverless: 4000 }[way]; // of which none was used before
+let seed = { proxyUrl: 2000, prefixes: 3000, serverless: 4000, middleware: 5000 }[way]; // of which none was used before
 for (const [endpoint, input] of Object.entries(examples)) {
   report.examples[endpoint] = {};
   for (const [name, image_url] of Object.entries(sources)) {

@@ -3,7 +3,7 @@
 import pytest
 
 from deployments.gateway.addresses import Verb, belongs, canonical, queue_path
-from schemas.errors import BadRequest, NotFound
+from schemas.errors import BadRequest, NotFound, TargetRefused
 
 ID = "0f5c2a3b-1111-4222-8333-0123456789ab"
 
@@ -42,7 +42,9 @@ def test_an_address_gets_its_prefix(path: str, query: str, headers: dict[str, st
         ("https://queue.fal.run/fal-ai/flux/dev?fal_webhook=x", "/queue/fal-ai/flux/dev", "fal_webhook=x"),
         ("https://fal.run/fal-ai/flux/dev/stream", "/run/fal-ai/flux/dev/stream", ""),
         ("https://rest.fal.ai/tokens/", "/rest/tokens/", ""),
+        ("https://rest.alpha.fal.ai/tokens/", "/rest/tokens/", ""),
         ("https://v3.fal.media/files/upload?x=1", "/files/upload", "x=1"),
+        ("https://v3b.fal.media/files/upload", "/files/upload", ""),
         ("http://box:8000/queue/fal-ai/flux/dev", "/queue/fal-ai/flux/dev", ""),  # our own address
     ],
 )
@@ -53,23 +55,23 @@ def test_the_proxy_goes_where_the_target_says(target: str, path: str, query: str
 
 
 @pytest.mark.parametrize(
-    "target",
+    ("target", "refusal"),
     [
-        None,
-        "",
-        "https://example.com/fal-ai/flux",
-        "https://fal.run.evil.com/x",
-        "https://fal.run@evil.com/x",
-        "https://evil.com#fal.run",
-        "file:///etc/passwd",
-        "http://[::1",
-        "http://box:8000/health",  # ours, but no service
-        "http://other:8000/queue/x",
+        (None, BadRequest),
+        ("", BadRequest),
+        ("file:///etc/passwd", BadRequest),
+        ("http://[::1", BadRequest),
+        ("https://evil.com#fal.run", TargetRefused),
+        ("https://example.com/fal-ai/flux", TargetRefused),
+        ("https://fal.run.evil.com/x", TargetRefused),
+        ("https://fal.run@evil.com/x", TargetRefused),
+        ("http://box:8000/health", TargetRefused),  # ours, but no service
+        ("http://other:8000/queue/x", TargetRefused),
     ],
 )
-def test_the_proxy_serves_nothing_else(target: str | None) -> None:
+def test_the_proxy_serves_nothing_else(target: str | None, refusal: type[Exception]) -> None:
     headers = {"host": "box:8000"} | ({"x-fal-target-url": target} if target is not None else {})
-    with pytest.raises(BadRequest):
+    with pytest.raises(refusal):
         canonical("/api/fal/proxy", "", headers)
 
 

@@ -1,11 +1,14 @@
 """Who may call."""
 
+from collections.abc import Callable
+
 import pytest
 
-from deployments.gateway.keys import ANYONE, Keys, parse
+from deployments.gateway.keys import ANYONE, Keys, digest, parse
 from schemas.errors import NotAuthenticated
 
 KEYS = Keys(parse("alice:s3cret, bob:with:colon"))
+PATH = "fal-ai/flux/dev/realtime"
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,56 @@ def test_a_malformed_key_stops_the_start(text: str) -> None:
 
 def test_secrets_are_not_kept() -> None:
     assert "s3cret" not in repr(vars(KEYS))
+
+
+@pytest.mark.parametrize("app", ["flux", "fal-ai/flux", "fal-ai/flux/dev", "fal-ai/flux/dev/realtime"])
+def test_a_token_stands_for_its_tenant_at_its_apps(app: str) -> None:
+    token = KEYS.issue("alice", ["other", app], 120)
+    assert KEYS.holder(token, PATH) == "alice"
+    assert "s3cret" not in token
+
+
+@pytest.mark.parametrize("app", ["", "fal-ai", "flu", "fal-ai/flu", "fal-ai/flux-lora", "dev", "realtime"])
+def test_a_token_is_for_no_other_app(app: str) -> None:
+    with pytest.raises(NotAuthenticated, match="not for this application"):
+        KEYS.holder(KEYS.issue("alice", [app], 120), PATH)
+
+
+def test_a_token_opens_no_service_that_takes_none() -> None:
+    with pytest.raises(NotAuthenticated):
+        KEYS.holder(KEYS.issue("alice", ["flux"], 120), "")
+
+
+def test_a_token_expires() -> None:
+    now = 1_000_000.0
+    keys = Keys(parse("alice:s3cret"), lambda: now)
+    token = keys.issue("alice", ["flux"], 120)
+    now += 119
+    assert keys.holder(token, PATH) == "alice"
+    now += 1
+    with pytest.raises(NotAuthenticated, match="expired"):
+        keys.holder(token, PATH)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda token: "",
+        lambda token: token.partition(":")[2],  # nobody's
+        lambda token: token.replace("alice", "bob"),  # another's
+        lambda token: token.replace("alice", "nobody"),
+        lambda token: token[:-1],
+        lambda token: f"{token}A",
+        lambda token: "alice:" + "A" * 100_000,
+        lambda token: "alice:é.é",
+        lambda token: Keys(parse("alice:another")).issue("alice", ["flux"], 120),  # of a key since changed
+        lambda token: Keys({"mallory": digest("")}).issue("mallory", ["flux"], 120),  # of an unknown one
+    ],
+)
+def test_a_forged_token_is_refused(forge: Callable[[str], str]) -> None:
+    with pytest.raises(NotAuthenticated):
+        KEYS.holder(forge(KEYS.issue("alice", ["flux"], 120)), PATH)
+
+
+def test_without_keys_any_token_will_do() -> None:
+    assert Keys({}).holder("whatever", PATH) == ANYONE

@@ -43,6 +43,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     [
         (0, {"args": {"que_url": "x"}}, "application darkroom: que_url"),
         (1, {"args": {"model": "zoo:flux", "endpoints": ["fal-ai/nope"]}}, "unknown endpoint fal-ai/nope"),
+        (0, {"args": {"openai_models": {"x": {"edits": "fal-ai/nope"}}}}, "unknown endpoint fal-ai/nope"),
         (1, {"args": {"model": "zoo:flux", "endpoints": []}}, "application flux: endpoints"),
         (
             0,

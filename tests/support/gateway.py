@@ -1,0 +1,101 @@
+"""The gateway on a port of this machine: a real queue, dispatcher and file store, and a model of ours."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from deployments.dispatcher import Dispatcher
+from deployments.files.store import FileStore, open_files
+from deployments.gateway import http
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.keys import Keys, parse
+from deployments.queue import Queue, open_queue
+from pipelines import registry
+from schemas.jobs import Job, JobResult
+from schemas.settings import Catalogue, FrontSettings
+from tests.support.jobs import ScriptedModel
+
+PICTURE = b"\xff\xd8\xff a picture"
+
+
+@dataclass
+class Place:
+    """A running gateway."""
+
+    url: str
+    gateway: Gateway
+    files: FileStore
+    queue: Queue
+    model: ScriptedModel
+
+
+@asynccontextmanager
+async def gateway_at_work(folder: Path, *, keys: str = "", **settings: Any) -> AsyncIterator[Place]:
+    """A gateway that serves every endpoint. Its model draws `PICTURE` once its gate is open."""
+    files_url, queue_url = f"file://{folder}/files", f"sqlite:///{folder}/queue.sqlite3"
+    front = FrontSettings(files_url=files_url, queue_url=queue_url, **settings)
+    catalogue = Catalogue.model_validate({"models": {"every": {"endpoints": list(registry.ENDPOINTS)}}})
+    queue, files, model = open_queue(queue_url, front.lease), open_files(files_url), ScriptedModel()
+    model.outcome = await _drawing(files)
+    dispatcher = Dispatcher(
+        queue, front.lease, model.connect, lambda each: registry.endpoint(each).input_type()
+    )
+    gateway = Gateway(queue, files, front)
+    gateway.configure(catalogue)
+    await dispatcher.configure(catalogue)
+    async with _listening(http.build(gateway, Keys(parse(keys)), _always, lambda: {"keys": []})) as url:
+        yield Place(url, gateway, files, queue, model)
+    await dispatcher.close()
+    await queue.close()
+
+
+async def _drawing(files: FileStore) -> Any:
+    """An outcome: as many pictures as are asked for, all the same."""
+    key = await files.save(PICTURE, "image/jpeg")
+
+    def outcome(job: Job) -> JobResult:
+        count = job.input.get("num_images", 1)
+        image = {
+            "url": files.url(key, job.base_url),
+            "width": 64,
+            "height": 48,
+            "content_type": "image/jpeg",
+            "file_name": "picture.jpg",
+            "file_size": len(PICTURE),
+        }
+        output = {
+            "images": [image] * count,
+            "timings": {"inference": 0.5},
+            "seed": job.input.get("seed", 1),
+            "has_nsfw_concepts": [False] * count,
+            "prompt": job.input["prompt"],
+        }
+        told = registry.endpoint(job.endpoint_id).schema().Output(**output)
+        return JobResult.success(told.model_dump(mode="json"), 0.5)
+
+    return outcome
+
+
+@asynccontextmanager
+async def _listening(app: Any) -> AsyncIterator[str]:
+    config = uvicorn.Config(app, lifespan="off", log_config=None, ws="websockets-sansio")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+
+
+async def _always() -> bool:
+    return True
