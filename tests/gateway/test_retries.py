@@ -25,10 +25,20 @@ KEY = {"idempotency-key": "order-66"}
 
 
 @pytest.fixture
-async def place(tmp_path: Path) -> AsyncIterator[Place]:
-    """A gateway with little patience. Its model stands at a gate."""
-    async with gateway_at_work(tmp_path, keys=f"{ALICE} {BOB}", run_grace_s=0.2, linger_s=0.5) as place:
+def grace_s() -> float:
+    """How long a run may take before spaces are sent."""
+    return 60.0
+
+
+@pytest.fixture
+async def place(tmp_path: Path, grace_s: float) -> AsyncIterator[Place]:
+    """A gateway that waits two seconds for a call to come again. Its model stands at a gate."""
+    keys = f"{ALICE} {BOB}"
+    async with gateway_at_work(tmp_path, keys=keys, run_grace_s=grace_s, linger_s=2) as place:
         yield place
+
+
+HASTY = pytest.mark.parametrize("grace_s", [0.2])
 
 
 async def count(alice: httpx.AsyncClient) -> int:
@@ -212,6 +222,7 @@ async def test_two_callers_at_once_want_two_pictures(place: Place, alice: httpx.
 # --- what takes long ---
 
 
+@HASTY
 async def test_a_long_run_begins_with_spaces(place: Place, alice: httpx.AsyncClient) -> None:
     async with alice.stream("POST", f"/run/{ENDPOINT}", json=PROMPT) as answer:
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
@@ -223,6 +234,7 @@ async def test_a_long_run_begins_with_spaces(place: Place, alice: httpx.AsyncCli
     assert await error_type(alice, answer.headers["x-fal-request-id"]) is None
 
 
+@HASTY
 async def test_a_long_run_that_fails_breaks_off_and_says_why_when_it_comes_again(
     place: Place, alice: httpx.AsyncClient
 ) -> None:
@@ -236,6 +248,7 @@ async def test_a_long_run_that_fails_breaks_off_and_says_why_when_it_comes_again
     assert again.headers["x-fal-request-id"] == answer.headers["x-fal-request-id"]
 
 
+@HASTY
 async def test_a_long_run_whose_caller_leaves_is_cancelled(place: Place, alice: httpx.AsyncClient) -> None:
     async with alice.stream("POST", f"/run/{ENDPOINT}", json=PROMPT) as answer:
         await anext(answer.aiter_raw())
