@@ -22,8 +22,8 @@ from pydantic import BaseModel, ValidationError
 
 from deployments.queue import Queue
 from schemas.assets import takes_weights, weights
-from schemas.errors import DarkroomError, NotReady, StoreDown, WorkerLost
-from schemas.jobs import Claim, Job, Update
+from schemas.errors import DarkroomError, NotReady, RunTimeout, StoreDown, WorkerLost
+from schemas.jobs import Claim, Job, JobResult, Update
 from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Dispatcher:
         self._connect = connect
         self._input_type = input_type
         self._windows: dict[str, int] = {}
+        self._limits: dict[str, float | None] = {}  # seconds that a request of a model may run
         self._sights: dict[str, int] = {}  # how many waiting requests of a model are looked at
         self._told: dict[str, dict[str, asyncio.Task[None]]] = {}  # of those: model → request id → the call
         self._runs: dict[str, Run] = {}
@@ -87,6 +88,7 @@ class Dispatcher:
         sights = {name: self._sight(entry) for name, entry in catalogue.models.items()}
         await self._queue.reroute(catalogue.routes())
         self._windows = {name: entry.window for name, entry in catalogue.models.items()}
+        self._limits = {name: entry.run_limit_s for name, entry in catalogue.models.items()}
         self._sights = sights
         self._forget()  # what waits may belong to another model now
         if not self._loops:
@@ -191,7 +193,7 @@ class Dispatcher:
         """Run one claim to its end, whatever that is."""
         request_id = claim.job.request_id
         try:
-            await self._follow(claim)
+            await self._follow_in_time(claim)
         except asyncio.CancelledError:
             # its caller gave it up, its lease was lost, or we are closing; the queue knows which
             await self._release(claim, crashed=False)
@@ -204,6 +206,20 @@ class Dispatcher:
         except Exception:
             logger.exception("request %s could not be run", request_id)
             await self._release(claim, crashed=True)
+
+    async def _follow_in_time(self, claim: Claim) -> None:
+        """As `_follow`, for as long as requests of its model may run."""
+        limit = self._limits.get(claim.job.model)
+        watch = asyncio.timeout(limit)
+        try:
+            async with watch:
+                await self._follow(claim)
+        except TimeoutError:
+            if not watch.expired():
+                raise
+            late = RunTimeout(f"The request ran for longer than {limit:g} s, which this server allows.")
+            logger.warning("request %s: %s", claim.job.request_id, late.message)
+            await _insist(partial(self._queue.finish, claim, JobResult.failure(late)))
 
     async def _release(self, claim: Claim, *, crashed: bool, delay_s: float = 0) -> None:
         await _insist(partial(self._queue.release, claim, crashed=crashed, delay_s=delay_s))

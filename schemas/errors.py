@@ -24,7 +24,8 @@
         ├── InternalError       500, the model failed on a valid request
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
-        └── StartTimeout        504, the caller's own start deadline passed
+        ├── StartTimeout        504, the caller's own start deadline passed
+        └── RunTimeout          504, it ran for longer than the operator allows
 
 Shapes follow fal.ai: model errors carry a list `detail`, infrastructure errors a string `detail` and
 an `error_type`. Both carry a top-level `message`, because fal's JavaScript client shows only that.
@@ -267,6 +268,17 @@ class NotReady(ServerError):
 
     status = 503
     error_type = "runner_scheduling_failure"
+    retryable = True
+
+
+class RunTimeout(ServerError):
+    """The request ran for longer than its model's `run_limit_s`.
+
+    Unlike one that missed its start, it may be sent again.
+    """
+
+    status = 504
+    error_type = "request_timeout"
     retryable = True
 
 

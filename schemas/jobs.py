@@ -36,6 +36,9 @@ class Job:
     start_timeout_s: float | None = None  # must start within, counted from acceptance
     webhook_url: str | None = None
     previews: bool = False  # the caller watches pictures form
+    retries: bool = True  # whether it runs again after the loss of its worker
+    keeps: bool = True  # whether its input and output stay as long as any
+    tags: tuple[str, ...] = ()  # the caller's own words for it
 
 
 LogLevel = Literal["DEBUG", "INFO", "WARN", "ERROR"]

@@ -143,6 +143,9 @@ class ModelEntry(Settings):
     window: int = Field(
         8, ge=1, description="requests handed to Serve at once: replicas × concurrency and a little"
     )
+    run_limit_s: float | None = Field(
+        None, gt=0, description="a request that has run for so long fails with 504; null: no limit"
+    )
     prefetch: int = Field(
         16, ge=0, description="requests behind a full window whose weights are fetched meanwhile; 0: none"
     )

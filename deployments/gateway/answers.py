@@ -61,7 +61,7 @@ def _answer(
     headers: Mapping[str, str] | None,
 ) -> Json:
     told = {"x-fal-error-type": error_type, "x-fal-retryable": str(retryable).lower()}
-    if status == StartTimeout.status and error_type == StartTimeout.error_type:
+    if (status, error_type, retryable) == (StartTimeout.status, StartTimeout.error_type, False):
         told["x-fal-request-timeout-type"] = "user"  # the clients do not try again
     if error_type == TooManyRuns.error_type:
         told["x-fal-needs-retry"] = "1"

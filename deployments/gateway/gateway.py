@@ -55,6 +55,9 @@ class Wishes:
     webhook_url: str | None = None
     max_queue_length: int | None = None  # refuse when more wait
     previews: bool = False
+    retries: bool = True  # run again after the loss of a worker
+    keeps: bool = True  # keep input and output as long as any
+    tags: tuple[str, ...] = ()
     idempotency_key: str | None = None  # what comes again under it is the same request
 
 
@@ -138,6 +141,9 @@ class Gateway:
             start_timeout_s=wishes.start_timeout_s,
             webhook_url=wishes.webhook_url,
             previews=wishes.previews,
+            retries=wishes.retries,
+            keeps=wishes.keeps,
+            tags=wishes.tags,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
         key = wishes.idempotency_key

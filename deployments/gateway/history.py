@@ -97,6 +97,7 @@ def _item(record: Record, *, expands: bool) -> dict[str, Any]:
         "status_code": result.status if result is not None else None,
         "error": result.error if result is not None else None,
         "error_type": result.error_type if result is not None else None,
+        "tags": list(job.tags),
     }
     if expands:
         item |= {"json_input": job.input, "json_output": result.body if result is not None else None}

@@ -8,6 +8,7 @@ from schemas.errors import BadRequest
 from schemas.jobs import Priority
 
 MIN_START_TIMEOUT_S = 0.1
+MAX_TAGS = 20
 MAX_KEY = 255  # characters of an Idempotency-Key
 
 
@@ -33,6 +34,9 @@ def read(request: Request, *, previews: bool) -> Wishes:
         webhook_url=_webhook_url(request),
         max_queue_length=_max_queue_length(request),
         previews=previews,
+        retries=not _flag(request, "x-fal-no-retry", default=False),
+        keeps=_flag(request, "x-fal-store-io", default=True),
+        tags=_tags(request),
         idempotency_key=_idempotency_key(request),
     )
 
@@ -43,6 +47,27 @@ def _idempotency_key(request: Request) -> str | None:
     if text is not None and not (text.isascii() and text.isprintable() and 1 <= len(text) <= MAX_KEY):
         raise BadRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters.")
     return text
+
+
+_FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def _flag(request: Request, name: str, *, default: bool) -> bool:
+    text = request.headers.get(name)
+    if text is None:
+        return default
+    if text.lower() not in _FLAGS:
+        raise BadRequest(f"{name} must be 1 or 0.")
+    return _FLAGS[text.lower()]
+
+
+def _tags(request: Request) -> tuple[str, ...]:
+    """Words between commas."""
+    words = (word.strip() for word in request.headers.get("x-fal-tags", "").split(","))
+    tags = tuple(dict.fromkeys(word for word in words if word))
+    if len(tags) > MAX_TAGS or not all(tag.isprintable() and len(tag) <= 100 for tag in tags):
+        raise BadRequest(f"x-fal-tags must be at most {MAX_TAGS} words of up to 100 printable characters.")
+    return tags
 
 
 def _webhook_url(request: Request) -> str | None:

@@ -41,6 +41,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 KEY_S = 24 * 3600.0  # how long the key of a submit is remembered
+UNKEPT_S = 3600.0  # how long what is not to be kept can be fetched
 LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
 
 
@@ -141,7 +142,6 @@ class Queue:
 
         Raises BadRequest while it is not completed.
         """
-        gone = JobResult.failure(Erased())
 
         def operation(connection: Connection) -> Record | None:
             record = _find(connection, request_id, tenant)
@@ -149,8 +149,7 @@ class Queue:
                 return None
             if record.state != State.COMPLETED:
                 raise BadRequest("The request is still in progress; cancel it first.")
-            connection.execute(sql.FORGET_EVENTS, {"request_id": request_id})
-            _set(connection, request_id, input={}, **rows.result_values(gone))
+            _erase(connection, request_id)
             return record
 
         return await self._write(operation)
@@ -324,11 +323,16 @@ class Queue:
         return await self._write(operation)
 
     async def sweep(self) -> int:
-        """Put back what lost its lease, end what missed its start. Returns how many changed."""
+        """Put back what lost its lease, end what missed its start, erase what was not to be kept.
+
+        Returns how many changed.
+        """
         now = self._clock()
+        times = {"now": now, "before": now - UNKEPT_S}
 
         def look(connection: Connection) -> bool:
-            return connection.scalar(sql.ANY_DUE, {"now": now}) is not None
+            found = (connection.scalar(statement, times) for statement in (sql.ANY_DUE, sql.UNKEPT))
+            return any(each is not None for each in found)
 
         def operation(connection: Connection) -> int:
             found = connection.execute(sql.DUE, {"now": now}).mappings().all()
@@ -338,7 +342,10 @@ class Queue:
                 else:
                     timeout = JobResult.failure(StartTimeout())
                     _complete(connection, rows.job(row), timeout, now)
-            return len(found)
+            unkept = connection.scalars(sql.UNKEPT, times).all()
+            for request_id in unkept:
+                _erase(connection, request_id)
+            return len(found) + len(unkept)
 
         return await self._write(operation) if await self._database.read(look) else 0
 
@@ -373,7 +380,7 @@ class Queue:
         backoff = self._lease.backoff_s * 2 ** (crashes - 1) if crashed else delay_s
         if row["cancel_requested"]:
             _complete(connection, rows.job(row), JobResult.failure(Cancelled()), now)
-        elif crashes >= self._lease.max_crashes:
+        elif crashes >= (self._lease.max_crashes if row["retries"] else 1):
             lost = WorkerLost(f"The request was given up after it had lost {crashes} workers.")
             _complete(connection, rows.job(row), JobResult.failure(lost), now)
         else:
@@ -492,6 +499,12 @@ def _held(connection: Connection, claim: Claim) -> RowMapping | None:
     """The row of a claim that still holds, or None."""
     held = {"request_id": claim.job.request_id, "fence": claim.fence}
     return connection.execute(sql.HELD, held).mappings().first()
+
+
+def _erase(connection: Connection, request_id: str) -> None:
+    """Delete the input, the output and the log of a completed request."""
+    connection.execute(sql.FORGET_EVENTS, {"request_id": request_id})
+    _set(connection, request_id, input={}, **rows.result_values(JobResult.failure(Erased())))
 
 
 def _complete(connection: Connection, job: Job, result: JobResult, now: float) -> None:

@@ -32,6 +32,9 @@ def job(row: RowMapping) -> Job:
         start_timeout_s=row["start_timeout_s"],
         webhook_url=row["webhook_url"],
         previews=row["previews"],
+        retries=row["retries"],
+        keeps=row["keeps"],
+        tags=tuple(row["tags"] or ()),
     )
 
 

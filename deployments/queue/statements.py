@@ -4,6 +4,7 @@ from sqlalchemy import BindParameter, and_, bindparam, delete, func, insert, or_
 
 from deployments.queue.rows import STATE_CHANGE
 from deployments.queue.tables import deliveries, events, once, requests
+from schemas.errors import Erased
 from schemas.jobs import State
 
 _queued = requests.c.state == State.QUEUED
@@ -71,6 +72,17 @@ _lapsed = and_(_running, requests.c.lease_until < _now)
 _overdue = and_(_queued, requests.c.start_deadline <= _now)
 DUE = select(requests).where(or_(_lapsed, _overdue)).with_for_update(skip_locked=True)
 ANY_DUE = select(requests.c.seq).where(or_(_lapsed, _overdue)).limit(1)
+_owed = select(deliveries.c.request_id).where(
+    deliveries.c.request_id == requests.c.request_id, deliveries.c.ended_at.is_(None)
+)
+_unkept = and_(
+    ~_owed.exists(),  # a webhook is made of what would be erased
+    requests.c.keeps.is_(False),
+    requests.c.state == State.COMPLETED,
+    requests.c.finished_at <= bindparam("before"),
+    requests.c.error_type.is_distinct_from(Erased.error_type),
+)
+UNKEPT = select(requests.c.request_id).where(_unkept).limit(100)
 MODELS_WAITING = select(requests.c.model).where(_queued, requests.c.not_before <= _now).distinct()
 CANCELLED = select(requests.c.request_id).where(
     _running, requests.c.cancel_requested, requests.c.lease_owner == bindparam("owner")

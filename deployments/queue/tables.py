@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    true,
 )
 
 metadata = MetaData()
@@ -34,6 +35,9 @@ requests = Table(
     Column("webhook_url", Text),
     Column("previews", Boolean, nullable=False),
     Column("start_timeout_s", Float),
+    Column("retries", Boolean, nullable=False, server_default=true()),
+    Column("keeps", Boolean, nullable=False, server_default=true()),
+    Column("tags", JSON(none_as_null=True)),
     Column("state", String(10), nullable=False),
     Column("accepted_at", Float, nullable=False),
     Column("start_deadline", Float),
@@ -57,6 +61,7 @@ requests = Table(
     UniqueConstraint("request_id"),
     Index("requests_waiting", "model", "state", "priority", "seq"),
     Index("requests_leased", "state", "lease_until"),
+    Index("requests_not_kept", "keeps", "state", "finished_at"),
     sqlite_autoincrement=True,
 )
 

@@ -18,7 +18,7 @@ LEASE = LeaseSettings()
 STYLED = "fal-ai/flux-lora/image-to-image"
 
 
-def catalogue(*endpoints: str, **entry: int) -> Catalogue:
+def catalogue(*endpoints: str, **entry: float) -> Catalogue:
     return Catalogue.model_validate({"models": {"flux": {"endpoints": endpoints, "window": 3, **entry}}})
 
 
@@ -386,3 +386,27 @@ async def test_another_catalogue_tells_anew_and_closing_gives_the_calls_up(
     await told(model, waiting, waiting)
     await dispatcher.close()
     assert model.calling == 0
+
+
+async def test_what_runs_for_too_long_is_stopped_and_fails_for_good(
+    queue: Queue, make_dispatcher: Make, model: ScriptedModel
+) -> None:
+    await make_dispatcher(served=catalogue(ENDPOINT, run_limit_s=0.05))
+    job = make_job()
+    await queue.submit(job)
+    result = await end(queue, job)
+    assert (result.status, result.error_type, result.retryable) == (504, "request_timeout", True)
+    await asyncio.wait_for(model.stopped.wait(), 5)
+    assert model.running == 0
+    assert len(model.order) == 1
+
+
+async def test_what_is_not_to_be_retried_ends_with_its_first_worker(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    model.failures = [WorkerLost("gone")]
+    job = make_job(retries=False)
+    await queue.submit(job)
+    result = await end(queue, job)
+    assert (result.status, result.error_type) == (503, "runner_disconnected")
+    assert len(model.order) == 1

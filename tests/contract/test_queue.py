@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from deployments.queue import Queue
+from deployments.queue.queue import UNKEPT_S
 from deployments.queue.tables import deliveries
 from schemas.errors import BadRequest, KeyReused, QueueFull
 from schemas.jobs import (
@@ -448,3 +449,21 @@ async def test_erasing_leaves_that_there_was_a_request_and_no_more(queue: Queue)
     assert after is not None and after.result is not None
     assert (after.state, after.job.input, after.result.status) == (State.COMPLETED, {}, 410)
     assert await queue.events(job.request_id) == []
+
+
+async def test_what_is_not_to_be_kept_is_erased_once_nobody_needs_it(queue: Queue, clock: Clock) -> None:
+    kept, unkept = make_job(), make_job(keeps=False)
+    owing = make_job(keeps=False, webhook_url="https://there.example/hook")
+    for job in (kept, unkept, owing):
+        await queue.submit(job)
+    for each in await claim(queue, limit=3):
+        await queue.finish(each, DONE)
+    clock.now += UNKEPT_S - 1
+    assert await queue.sweep() == 0
+    clock.now += 1
+    assert await queue.sweep() == 1
+    assert await queue.sweep() == 0
+    found = [await queue.get(job.request_id, job.tenant) for job in (kept, unkept, owing)]
+    results = [record.result for record in found if record is not None]
+    assert [result.status for result in results if result is not None] == [200, 410, 200]
+    assert found[1] is not None and found[1].job.input == {}

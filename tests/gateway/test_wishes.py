@@ -1,0 +1,45 @@
+"""What a caller asks beside its input, in headers."""
+
+import httpx
+import pytest
+
+from tests.support.gateway import Place
+from tests.support.jobs import ENDPOINT
+
+CAT = {"prompt": "a cat"}
+
+
+async def test_wishes_go_with_the_request(place: Place, alice: httpx.AsyncClient) -> None:
+    headers = {"X-Fal-No-Retry": "true", "X-Fal-Store-IO": "0", "X-Fal-Tags": "cats, night shift,cats"}
+    receipt = (await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers=headers)).json()
+    plain = (await alice.post(f"/queue/{ENDPOINT}", json=CAT)).json()
+    jobs = []
+    for each in (receipt, plain):
+        record = await place.queue.get(each["request_id"], "alice")
+        assert record is not None
+        jobs.append((record.job.retries, record.job.keeps, record.job.tags))
+    assert jobs == [(False, False, ("cats", "night shift")), (True, True, ())]
+    items = (await alice.get("/v1/models/requests")).json()["items"]
+    assert [item["tags"] for item in items] == [[], ["cats", "night shift"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x-fal-no-retry", "perhaps"),
+        ("x-fal-store-io", ""),
+        ("x-fal-store-io", "2"),
+        ("x-fal-tags", ",".join(map(str, range(21)))),
+        ("x-fal-tags", "x" * 101),
+    ],
+)
+async def test_a_malformed_wish_is_named(name: str, text: str, alice: httpx.AsyncClient) -> None:
+    answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers={name: text})
+    assert answer.status_code == 400
+    assert name in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["x-fal-runner-hint", "x-fal-retry-config", "x-app-fal-disable-fallback"])
+async def test_what_has_no_meaning_here_is_taken(name: str, alice: httpx.AsyncClient) -> None:
+    answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers={name: "{}"})
+    assert answer.status_code == 200
