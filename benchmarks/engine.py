@@ -7,7 +7,7 @@ pictures of one seed are compared before anything is timed.
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,8 @@ from diffusers import FluxPipeline
 from PIL.Image import Image as Picture
 
 from benchmarks.measure import Row, arguments, header, show
+from benchmarks.ours import Ours
 from pipelines import zoo
-from pipelines.base import Assets
-from pipelines.engine.engine import Engine
-from pipelines.engine.sample import Sample
 from pipelines.flux.flux_dev import Pipeline
 from pipelines.flux.model import FluxModel
 from schemas.endpoints.flux_dev import Input
@@ -42,44 +40,6 @@ def wish(side: int, seed: int) -> Input:
             "seed": seed,
         }
     )
-
-
-class Ours:
-    """Three threads, as in a worker: one prepares, the engine steps all samples together, one decodes.
-
-    torch's number of threads must be set before, because a thread keeps what it finds at its start.
-    """
-
-    def __init__(self, model: FluxModel) -> None:
-        self._pipeline = Pipeline(model)
-        self._preparing, self._finishing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._engine = Engine(model.predict, SETTINGS.batch_tokens)
-        self._engine.start()
-
-    def sample(self, request: Input) -> Sample:
-        [sample] = self._preparing.submit(self._pipeline.prepare, request, Assets(), 0).result().samples
-        listener = _Listener()
-        self._engine.add(sample, listener)
-        listener.done.wait()
-        if listener.error is not None:
-            raise listener.error
-        return sample
-
-    def draw(self, request: Input) -> Picture:
-        return self._finishing.submit(self._pipeline.finish, self.sample(request)).result()
-
-
-class _Listener:
-    def __init__(self) -> None:
-        self.done = Event()
-        self.error: BaseException | None = None
-
-    def stepped(self, sample: Sample) -> None:
-        pass
-
-    def ended(self, sample: Sample, error: BaseException | None) -> None:
-        self.error = error
-        self.done.set()
 
 
 class Plain:
@@ -160,7 +120,7 @@ def main() -> None:
     model, plain, rows, worst = FluxModel.load(SETTINGS, lambda _: folder), Plain(stock), [], 0.0
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        ours = Ours(model)
+        ours = Ours(Pipeline(model), SETTINGS.batch_tokens)
         worst = max(worst, *(difference(ours, plain, side) for side in PICTURES))
         assert worst <= TOLERANCE, f"latents differ by {worst}"
         rows += [compare(ours, plain, side, concurrent) for side in PICTURES for concurrent in (1, 4, 8)]

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, Popen
-from threading import Event, Lock
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw
 from PIL.Image import Image as Picture
 
 from benchmarks.measure import Row, arguments, cpu_s, header, show
+from benchmarks.ours import Ours
 from pipelines import zoo
-from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.preprocess import canny
 from pipelines.sd.fast_sdxl_controlnet_canny_image_to_image import HIGH, LOW, Pipeline
@@ -136,45 +136,20 @@ class Stock:
         ).images
 
 
-class Ours:
-    """Three threads, as in a worker: one prepares, the engine steps all samples together, one decodes."""
+class Canny:
+    """Ours, on the canny endpoint and its pictures."""
 
     def __init__(self) -> None:
         model = SdModel.load(SETTINGS, lambda source: zoo.locate(source.removeprefix("zoo:")))
-        self._pipeline = Pipeline(model)
-        self._preparing, self._finishing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._engine = Engine(model.predict, SETTINGS.batch_tokens)
-        self._engine.start()
+        self._ours = Ours(Pipeline(model), SETTINGS.batch_tokens)
         self._pictures = {side: pictures(side) for side in PICTURES}
-
-    def close(self) -> None:
-        self._engine.close()
+        self.close = self._ours.close
 
     def sample(self, request: Input) -> Sample:
-        assets = given(request, self._pictures[side_of(request)])
-        [sample] = self._preparing.submit(self._pipeline.prepare, request, assets, 0).result().samples
-        listener = _Listener()
-        self._engine.add(sample, listener)
-        listener.done.wait()
-        if listener.error is not None:
-            raise listener.error
-        return sample
+        return self._ours.sample(request, given(request, self._pictures[side_of(request)]))
 
     def draw(self, request: Input) -> Picture:
-        return self._finishing.submit(self._pipeline.finish, self.sample(request)).result()
-
-
-class _Listener:
-    def __init__(self) -> None:
-        self.done = Event()
-        self.error: BaseException | None = None
-
-    def stepped(self, sample: Sample) -> None:
-        pass
-
-    def ended(self, sample: Sample, error: BaseException | None) -> None:
-        self.error = error
-        self.done.set()
+        return self._ours.draw(request, given(request, self._pictures[side_of(request)]))
 
 
 class Locked:
@@ -239,7 +214,9 @@ class Way:
     cpu_s: Callable[[], float] = time.process_time
 
 
-def check(ours: Ours, stock: Stock, ways: Mapping[str, Way], side: int, callers: ThreadPoolExecutor) -> float:
+def check(
+    ours: Canny, stock: Stock, ways: Mapping[str, Way], side: int, callers: ThreadPoolExecutor
+) -> float:
     """The largest difference between latents of one seed; pictures of all may differ by one rounding."""
     requests = equal(side, max(AT_ONCE[side]))
     drawn = {
@@ -284,7 +261,7 @@ def compare(
     ]
 
 
-def measure(ours: Ours, stock: Stock, at_once: int) -> tuple[list[Row], float]:
+def measure(ours: Canny, stock: Stock, at_once: int) -> tuple[list[Row], float]:
     """The rows of so many requests at once, and the largest difference seen before."""
     rows: list[Row] = []
     worst = 0.0
@@ -304,7 +281,7 @@ def main() -> None:
     options = arguments("Stable Diffusion in our engine beside diffusers behind a lock and in LitServe.")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ours, stock = Ours(), Stock()
+    ours, stock = Canny(), Stock()
     counts = sorted({count for counts in AT_ONCE.values() for count in counts})
     found = [measure(ours, stock, at_once) for at_once in counts]
     rows = sorted((row for rows, _ in found for row in rows), key=lambda row: str(row["size"]))
