@@ -184,7 +184,11 @@ def execute(
     async def run_it(target: Server, listener: Listener, authority: Authority) -> int:
         async with listener.listening() as taken:
             ours = variables(taken, target, authority, os.environ, key)
-            return await child.run(command, os.environ | ours)
+            try:
+                return await child.run(command, os.environ | ours)
+            except (FileNotFoundError, PermissionError) as error:
+                errors.print(f"[red]{escape(command[0])}[/]: {error.strerror}", highlight=False)
+                return 127 if isinstance(error, FileNotFoundError) else 126
 
     with _explained():
         code = asyncio.run(run_it(*_listener(server, pass_through)))

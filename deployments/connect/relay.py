@@ -1,4 +1,4 @@
-"""Passes the HTTP requests of a connection on to a server with their heads changed, and answers as they are."""
+"""Passes the HTTP requests of a connection on to a server with their heads changed, answers as they are."""
 
 import asyncio
 import json
