@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_a_node_app_runs_unchanged(
     node_path: str, server: Server, data: Path, files: list[Path], stranger: httpx.Client
 ) -> None:
     command = under_exec(server.url, "node", "lighthouse.mjs", *files)
-    variables = environment(data, FAL_KEY=ALICE, PATH=node_path, PYTHONPATH=str(ROOT))
+    variables = environment(data, FAL_KEY=ALICE, PATH=node_path)
     ended = done(command, variables, cwd=NODE)
     assert ended.returncode == 0, ended.stderr
     check(json.loads(ended.stdout), server, files, stranger)
@@ -135,8 +136,6 @@ socket.onopen = () => socket.send("hello");
 socket.onmessage = (event) => { console.log(event.data); socket.close(); };
 """
     with websockets.sync.server.serve(echo, "127.0.0.1", 0) as server:
-        import threading
-
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.socket.getsockname()[1]}"
         for program in ([sys.executable, "-c", python], ["node", "-e", node]):
