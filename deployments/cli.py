@@ -5,11 +5,12 @@ import base64
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,6 +23,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from deployments import server
+from deployments.connect import child
+from deployments.connect.authority import Authority, user_folder
+from deployments.connect.environment import variables
+from deployments.connect.hosts import Server, server_at
+from deployments.connect.listener import Listener
+from deployments.connect.tls import tls_in_front
 from deployments.gateway import keys
 from deployments.queue import Outbox, open_outbox
 from deployments.remote import Refused, Remote
@@ -45,6 +52,11 @@ Key = Annotated[str | None, typer.Option(envvar="FAL_KEY", help="ID:SECRET, wher
 CONFIG = Path("serve_config.yaml")
 Config = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="the server's configuration")]
 LOCAL_URL = "http://127.0.0.1:8000"
+CONNECT_PORT = 8768
+ServerUrl = Annotated[str, typer.Option("--server", envvar="DARKROOM_URL", help="the server")]
+PassThrough = Annotated[
+    bool, typer.Option("--pass-through", help="tunnel to hosts that are not fal's, instead of refusing them")
+]
 
 
 @app.command()
@@ -56,9 +68,16 @@ def serve(
         list[str] | None,
         typer.Option(help=f"ID:SECRET; turns authentication on, as does {KEYS_ENV}"),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(exists=True, help="a certificate chain in PEM; listens for TLS as well")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(exists=True, help="its key in PEM")] = None,
+    tls_port: Annotated[int, typer.Option(min=1, max=65535)] = 8443,
     verbose: Annotated[bool, typer.Option(help="show the logs of all processes")] = False,
 ) -> None:
     """Run the server in the foreground until Ctrl-C."""
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together")
     server.prepare_environment()
     os.environ[KEYS_ENV] = " ".join([*os.environ.get(KEYS_ENV, "").split(), *(key or [])])
     with _explained():
@@ -67,17 +86,21 @@ def serve(
         url = server.address(settings)
     if not required:
         errors.print(f"[bold red]AUTHENTICATION IS OFF[/]: set {KEYS_ENV} or pass --key to turn it on.")
+    host = settings["http_options"].get("host", "0.0.0.0")
+    front = tls_in_front(server_at(url), host, tls_port, tls_cert, tls_key) if tls_cert and tls_key else None
     stopped = threading.Event()
     _stop_on_signal(stopped)
     try:
-        with _explained():
+        with _explained(), front or nullcontext():
             started = server.start(settings, verbose=verbose)
             _stop_on_signal(stopped)  # Ray has put its own handlers in place
             print(f"logs in {started.logs}\nray at {started.ray_address}", flush=True)
             server.wait_until_ready(url, stopped, lambda line: console.print(line, highlight=False))
-        if not stopped.is_set():
-            print(f"ready on {url}", flush=True)
-        stopped.wait()
+            if front and not stopped.is_set():
+                print(f"TLS on port {tls_port}", flush=True)
+            if not stopped.is_set():
+                print(f"ready on {url}", flush=True)
+            stopped.wait()
     finally:
         console.print("stopping")
         server.stop()
@@ -127,6 +150,55 @@ def models(url: Url = LOCAL_URL, key: Key = None) -> None:
         for endpoint in remote.endpoints():
             table.add_row(endpoint)
         console.print(table)
+
+
+@app.command()
+def connect(
+    server: ServerUrl = LOCAL_URL,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one")] = CONNECT_PORT,
+    key: Key = None,
+    pass_through: PassThrough = False,
+) -> None:
+    """Be fal to programs on this machine until Ctrl-C. Prints what to set in their environment."""
+
+    async def listen(target: Server, listener: Listener, authority: Authority) -> None:
+        async with listener.listening(port) as taken:
+            for name, value in variables(taken, target, authority, os.environ, key).items():
+                print(f"export {name}={shlex.quote(value)}", flush=True)
+            errors.print(f"listening on 127.0.0.1:{taken} for {server}", highlight=False)
+            await child.until_told()
+
+    with _explained():
+        asyncio.run(listen(*_listener(server, pass_through)))
+
+
+@app.command("exec", context_settings={"allow_interspersed_args": False})
+def execute(
+    command: Annotated[list[str], typer.Argument(help="the command with its arguments, after --")],
+    server: ServerUrl = LOCAL_URL,
+    key: Key = None,
+    pass_through: PassThrough = False,
+) -> None:
+    """Run a program that was written for fal, with this server in fal's place."""
+
+    async def run_it(target: Server, listener: Listener, authority: Authority) -> int:
+        async with listener.listening() as taken:
+            ours = variables(taken, target, authority, os.environ, key)
+            try:
+                return await child.run(command, os.environ | ours)
+            except (FileNotFoundError, PermissionError) as error:
+                errors.print(f"[red]{escape(command[0])}[/]: {error.strerror}", highlight=False)
+                return 127 if isinstance(error, FileNotFoundError) else 126
+
+    with _explained():
+        code = asyncio.run(run_it(*_listener(server, pass_through)))
+    raise typer.Exit(code)
+
+
+def _listener(url: str, passes_through: bool) -> tuple[Server, Listener, Authority]:
+    """What both need. Raises ValueError, OSError."""
+    target, authority = server_at(url), Authority(user_folder())
+    return target, Listener(target, authority, passes_through=passes_through), authority
 
 
 @webhooks.command("list")

@@ -62,7 +62,8 @@ SEAMS = {
         "deployments.server",
         "deployments.cli",
     ),
-    "cryptography": ("deployments.webhooks.keyring",),
+    "cryptography": ("deployments.webhooks.keyring", "deployments.connect.authority"),
+    "h11": ("deployments.connect",),
     "pipelines.registry": (
         "deployments.gateway",
         "deployments.worker",
@@ -74,6 +75,7 @@ SEAMS = {
     "deployments.gateway": ("deployments.gateway", "deployments.app", "deployments.cli"),
     "deployments.dispatcher": ("deployments.app",),
     "deployments.worker": ("deployments.app",),
+    "deployments.connect": ("deployments.connect", "deployments.cli"),
     "deployments.webhooks": ("deployments.webhooks", "deployments.app", "deployments.cli"),
 }
 
