@@ -36,6 +36,7 @@ class Job:
     start_timeout_s: float | None = None  # must start within, counted from acceptance
     webhook_url: str | None = None
     previews: bool = False  # the caller watches pictures form
+    keep_s: int | None = None  # how long the output's files are kept; None: for good
 
 
 LogLevel = Literal["DEBUG", "INFO", "WARN", "ERROR"]

@@ -1,9 +1,13 @@
 """Where files are kept: one object store, by keys that nobody can guess.
 
-    KEY            a file: RANDOM.png for a file made here, RANDOM_cat.png for what a client sent
-    details/KEY    what is known of a file that a client sent
+    KEY                a file: RANDOM.png or RANDOM-END.png of ours, RANDOM_cat.png of a client
+    details/KEY        what is known of a file that a client sent
+    expiring/END_KEY   stands for a file that is to be removed, from before the file is there
 
-No other name has the form of a key, and only keys can be opened; see `uploads` for the rest.
+END is the unix second from which on the file is no longer shown.
+
+No other name has the form of a key, and only keys can be opened; see `uploads` for the rest, and `sweeper`
+for what is removed.
 """
 
 import mimetypes
@@ -31,9 +35,11 @@ Clock = Callable[[], float]
 class StoredFile:
     """A file to be read. `name` is what its sender called it."""
 
+    tag: str  # the same for ever: what a key names never changes
     size: int
     content_type: str
     name: str | None
+    left_s: float | None  # how long it is still shown; None: for good
     chunks: AsyncIterator[bytes]
 
 
@@ -54,8 +60,9 @@ _EXTENSIONS = {
     "application/x-tar": "tar",
 }
 _TYPES = {extension: kind for kind, extension in _EXTENSIONS.items()}
-_MADE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.({'|'.join(_TYPES)})")
-_SENT = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}_([A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}})")
+_RANDOM = rf"[0-9a-f]{{{2 * KEY_BYTES}}}"
+_MADE = re.compile(rf"{_RANDOM}(?:-(\d{{1,12}}))?\.({'|'.join(_TYPES)})", re.ASCII)
+_SENT = re.compile(rf"{_RANDOM}_([A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}})")
 
 
 class FileStore:
@@ -66,23 +73,37 @@ class FileStore:
         self.folder = folder
         self.clock = clock
 
-    async def save(self, data: bytes, content_type: str) -> str:
-        """Keep a picture or a tar of them; returns its key. The file is whole before the key exists."""
+    async def save(self, data: bytes, content_type: str, keep_s: float | None = None) -> str:
+        """Keep a picture or a tar of them, for good or for a while; returns its key.
+
+        The file is whole before the key exists.
+        """
         key = f"{secrets.token_hex(KEY_BYTES)}.{_EXTENSIONS[content_type]}"
+        if keep_s is not None:
+            expires_at = int(self.clock() + keep_s)
+            key = key.replace(".", f"-{expires_at}.")
+            await self.let_expire(key, expires_at)
         await obstore.put_async(self.objects, key, data)
         return key
 
+    async def let_expire(self, key: str, expires_at: float) -> None:
+        """Have the sweeper remove a file that is about to be written. Unix seconds."""
+        await obstore.put_async(self.objects, f"expiring/{int(expires_at)}_{key}", b"")
+
     async def open(self, key: str) -> StoredFile | None:
         """The file of a key, or None. What is no key is None without a look."""
-        content_type = await self._content_type(key)
-        if content_type is None:
+        facts = await self._facts(key)
+        if facts is None:
             return None
         try:
             found = await obstore.get_async(self.objects, key)
         except FileNotFoundError:
             return None
         sent = _SENT.fullmatch(key)
-        return StoredFile(found.meta["size"], content_type, sent and sent[1], _chunks(found))
+        left_s = None if facts.expires_at is None else facts.expires_at - self.clock()
+        tag = key[: 2 * KEY_BYTES]
+        name = sent and sent[1]
+        return StoredFile(tag, found.meta["size"], facts.content_type, name, left_s, _chunks(found))
 
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes from `start` to before `end` of a file that has been opened."""
@@ -92,7 +113,7 @@ class FileStore:
 
     async def has(self, key: str) -> bool:
         """Whether `open` would find the file."""
-        return await self._content_type(key) is not None and await self.is_there(key)
+        return await self._facts(key) is not None and await self.is_there(key)
 
     async def is_there(self, name: str) -> bool:
         """Whether the store has an object of this name."""
@@ -114,14 +135,22 @@ class FileStore:
         """Where a client finds the key: on the server at `base_url`, or in the store itself."""
         return f"{base_url}/files/{key}" if base_url else f"{self.folder.as_uri()}/{key}"
 
-    async def _content_type(self, key: str) -> str | None:
+    async def _facts(self, key: str) -> "_Facts | None":
         """None for what is no key, and for a file whose time is over."""
         if made := _MADE.fullmatch(key):
-            return _TYPES[made[1]]
-        details = await self.details(key) if is_sent(key) else None
-        if details is None or (details.expires_at is not None and details.expires_at <= self.clock()):
+            facts = _Facts(_TYPES[made[2]], float(made[1]) if made[1] else None)
+        elif is_sent(key) and (details := await self.details(key)):
+            facts = _Facts(details.content_type, details.expires_at)
+        else:
             return None
-        return details.content_type
+        is_over = facts.expires_at is not None and facts.expires_at <= self.clock()
+        return None if is_over else facts
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    content_type: str
+    expires_at: float | None  # unix seconds
 
 
 def new_key(name: str | None, content_type: str) -> str:

@@ -3,7 +3,6 @@
     uploads/KEY/RANDOM      a part on its way
     uploads/KEY/3-DIGEST    a part that has arrived
     details/KEY             written once, before the file: of which parts KEY is made, for good
-    expiring/TIME_KEY       stands for a file that is to be removed
     secret                  signs tickets and passes
 
 A ticket is all there is to an upload that has not begun: it names the key and the content type, so
@@ -34,7 +33,6 @@ from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown
 
 TICKET_S = 24 * 3600.0
 SLACK_S = 3600.0  # what began in time may end so much later
-SWEEP_S = 3600.0
 MAX_PARTS = 10_000
 
 CHUNKS = 4  # of an upload that are in memory
@@ -69,11 +67,9 @@ class Uploads:
         self._objects = files.objects
         self._folder = files.folder / "uploads"
         self._max_bytes = max_bytes
-        self._swept_at = float("-inf")
 
     async def begin(self, name: str | None, content_type: str, keep_s: int | None) -> Ticket:
         """Leave to send a file. Nothing is stored yet."""
-        await self._sweep_now_and_then()
         until = self._files.clock() + TICKET_S
         key = new_key(name, content_type)
         return Ticket(key=key, content_type=content_type, keep_s=keep_s, until=until)
@@ -153,19 +149,6 @@ class Uploads:
             await self._publish(ticket.key, parts)
         await asyncio.to_thread(shutil.rmtree, self._folder / ticket.key, ignore_errors=True)
 
-    async def sweep(self) -> None:
-        """Remove uploads that were given up, and files whose time is over."""
-        await asyncio.to_thread(self._remove_given_up)
-        now = self._files.clock()
-        async for batch in obstore.list(self._objects, "expiring"):
-            for each in batch:
-                time, _, key = each["path"].removeprefix("expiring/").partition("_")
-                if int(time) <= now:
-                    await self._remove(key)
-                if int(time) + TICKET_S <= now:  # no ticket could make it again
-                    await self._remove(f"details/{key}")
-                    await self._remove(each["path"])
-
     @cached_property
     def _signer(self) -> Signer:
         return Signer(load_secret(self._files.folder / "secret"))
@@ -201,7 +184,7 @@ class Uploads:
         with _told():
             if ticket.keep_s is not None:
                 expires_at = self._files.clock() + ticket.keep_s
-                await obstore.put_async(self._objects, f"expiring/{int(expires_at)}_{ticket.key}", b"")
+                await self._files.let_expire(ticket.key, expires_at)
             details = Details(content_type=ticket.content_type, content=content, expires_at=expires_at)
             text = details.model_dump_json().encode()
             try:
@@ -238,27 +221,6 @@ class Uploads:
             found = await obstore.get_async(self._objects, place)
             async for chunk in found.stream(CHUNK_BYTES):
                 yield bytes(chunk)
-
-    async def _sweep_now_and_then(self) -> None:
-        if self._files.clock() - self._swept_at >= SWEEP_S:
-            self._swept_at = self._files.clock()
-            await self.sweep()
-
-    def _remove_given_up(self) -> None:
-        """A folder changes with every part that comes; one unchanged since its ticket ended is left."""
-        for begun in self._folder.glob("*"):
-            try:
-                is_left = begun.stat().st_mtime + TICKET_S + SLACK_S <= self._files.clock()
-            except FileNotFoundError:  # completed meanwhile
-                continue
-            if is_left:
-                shutil.rmtree(begun, ignore_errors=True)
-
-    async def _remove(self, name: str) -> None:
-        try:
-            await obstore.delete_async(self._objects, name)
-        except FileNotFoundError:
-            pass  # another process was faster
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"A file may have at most {self._max_bytes} bytes here (max_upload_bytes).")

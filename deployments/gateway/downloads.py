@@ -13,6 +13,8 @@ from schemas.errors import NotFound
 _SHOWN = ("image/", "audio/", "video/", "text/plain")
 _ACTIVE = ("image/svg",)  # may hold scripts
 
+YEAR_S = 365 * 86_400
+
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
@@ -26,9 +28,13 @@ def routes(files: FileStore) -> list[Route]:
             raise NotFound("File not found")
         # Not by `media_type`, which adds a charset: the type is told as the sender gave it.
         headers = _headers(found)
+        if _names(request.headers.get("if-none-match", ""), headers["etag"]):
+            told = ("etag", "cache-control")
+            return Response(status_code=304, headers={name: headers[name] for name in told})
         if request.method == "HEAD":
             return Response(headers=headers)
-        asked = _span(request.headers.get("range", ""), found.size)
+        is_same = request.headers.get("if-range", headers["etag"]) == headers["etag"]
+        asked = _span(request.headers.get("range", ""), found.size) if is_same else None
         if asked is None:
             return StreamingResponse(found.chunks, headers=headers)
         start, end = asked
@@ -55,16 +61,28 @@ def _span(text: str, size: int) -> tuple[int, int] | None:
     return first, size if last is None else min(last + 1, size)
 
 
+def _names(text: str, etag: str) -> bool:
+    """Whether an If-None-Match header has the tag. A weak one will do."""
+    return text.strip() == "*" or etag in (each.strip().removeprefix("W/") for each in text.split(","))
+
+
 def _headers(found: StoredFile) -> dict[str, str]:
     return {
         "content-type": found.content_type,
         "content-length": str(found.size),
         "accept-ranges": "bytes",
         "content-disposition": _disposition(found),
-        "cache-control": "public, max-age=31536000, immutable",
+        "etag": f'"{found.tag}"',
+        "cache-control": _cached(found.left_s),
         "x-content-type-options": "nosniff",
         "content-security-policy": "default-src 'none'; sandbox",
     }
+
+
+def _cached(left_s: float | None) -> str:
+    """No cache may show a file longer than we do."""
+    age_s = YEAR_S if left_s is None else min(YEAR_S, int(left_s))
+    return f"public, max-age={age_s}, immutable"
 
 
 def _disposition(found: StoredFile) -> str:

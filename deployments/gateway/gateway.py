@@ -51,6 +51,7 @@ class Wishes:
     start_timeout_s: float | None = None
     webhook_url: str | None = None
     max_queue_length: int | None = None  # refuse when more wait
+    keep_s: int | None = None  # how long the output's files are kept; None: for good
     previews: bool = False
 
 
@@ -134,6 +135,7 @@ class Gateway:
             start_timeout_s=wishes.start_timeout_s,
             webhook_url=wishes.webhook_url,
             previews=wishes.previews,
+            keep_s=wishes.keep_s,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
         receipt = await self._queue.submit(job, notes, wishes.max_queue_length)

@@ -2,6 +2,7 @@
 
 from starlette.requests import Request
 
+from deployments.gateway import lifecycle
 from deployments.gateway.addresses import parse_url
 from deployments.gateway.gateway import Wishes
 from schemas.errors import BadRequest
@@ -31,6 +32,7 @@ def read(request: Request, *, previews: bool) -> Wishes:
         webhook_url=_webhook_url(request),
         max_queue_length=_max_queue_length(request),
         previews=previews,
+        keep_s=lifecycle.keep_s(request.headers, lifecycle.PREFERRED),
     )
 
 

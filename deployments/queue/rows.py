@@ -32,6 +32,7 @@ def job(row: RowMapping) -> Job:
         start_timeout_s=row["start_timeout_s"],
         webhook_url=row["webhook_url"],
         previews=row["previews"],
+        keep_s=row["keep_s"],
     )
 
 

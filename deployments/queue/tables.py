@@ -6,6 +6,7 @@ the epoch, by the clock of the process that writes.
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -34,6 +35,7 @@ requests = Table(
     Column("webhook_url", Text),
     Column("previews", Boolean, nullable=False),
     Column("start_timeout_s", Float),
+    Column("keep_s", BigInteger),
     Column("state", String(10), nullable=False),
     Column("accepted_at", Float, nullable=False),
     Column("start_deadline", Float),

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.clients.conftest import MAX_UPLOAD_BYTES
-from tests.clients.inputs import ALICE, ENDPOINT, REMAKE, REMAKE_EXAMPLE, drawing, encoded
+from tests.clients.inputs import ALICE, ENDPOINT, EXAMPLE, REMAKE, REMAKE_EXAMPLE, drawing, encoded
 from tests.support.server import Server
 
 INITIATE = "/rest/storage/upload/initiate"
@@ -480,6 +480,20 @@ def test_a_lifecycle_is_kept_or_refused(header: str, wish: str, status: int, ali
     assert answer.status_code == status
     if status == 400:
         assert header in answer.json()["message"]
+
+
+def test_pictures_go_when_their_caller_wanted(alice: httpx.Client) -> None:
+    wish = {"x-fal-object-lifecycle-preference": '{"expiration_duration_seconds": 1}'}
+    answer = alice.post(f"/run/{ENDPOINT}", json=EXAMPLE, headers=wish)
+    assert answer.status_code == 200, answer.text
+    url = answer.json()["images"][0]["url"]
+    deadline = time.monotonic() + 10
+    while (gone := httpx.get(url)).status_code != 404:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert refusal(gone) == (404, "not_found")
+    soon = alice.post(f"/run/{ENDPOINT}", json=EXAMPLE, headers={[*wish][0]: "soon"})
+    assert refusal(soon) == (400, "bad_request")
 
 
 def test_a_command_line_needs_no_more_than_a_key(stranger: httpx.Client) -> None:

@@ -55,6 +55,7 @@ async def test_a_job_comes_back_as_it_was_submitted(queue: Queue) -> None:
         webhook_url="http://there",
         start_timeout_s=5.0,
         previews=True,
+        keep_s=3600,
     )
     await queue.submit(job)
     record = await queue.get(job.request_id, "alice")

@@ -10,21 +10,11 @@ from pathlib import Path
 import pytest
 
 from deployments.files.store import FileStore, StoredFile, open_files
-from deployments.files.uploads import SLACK_S, TICKET_S, Ticket, Uploads
+from deployments.files.uploads import TICKET_S, Ticket, Uploads
 from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown
+from tests.support.uploading import Clock, begun, parted, sent
 
 LIMIT = 1_000_000
-HOUR = 3600.0
-
-
-class Clock:
-    """The time, as far from now as a test wants it."""
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-
-    def __call__(self) -> float:
-        return time.time() + self.ahead
 
 
 @pytest.fixture
@@ -40,21 +30,6 @@ def files(tmp_path: Path, clock: Clock) -> FileStore:
 @pytest.fixture
 def uploads(files: FileStore) -> Uploads:
     return Uploads(files, LIMIT)
-
-
-async def sent(data: bytes, size: int = 10_000) -> AsyncIterator[bytes]:
-    """A body as a server hands it on."""
-    for at in range(0, len(data), size):
-        yield data[at : at + size]
-    yield b""
-
-
-async def begun(uploads: Uploads, name: str | None = "cat.png", keep_s: int | None = None) -> Ticket:
-    return await uploads.begin(name, "image/png", keep_s)
-
-
-async def parted(uploads: Uploads, ticket: Ticket, parts: dict[int, bytes]) -> dict[int, str]:
-    return {number: await uploads.receive(ticket, number, sent(data)) for number, data in parts.items()}
 
 
 async def opened(files: FileStore, key: str) -> StoredFile:
@@ -404,49 +379,3 @@ async def test_nothing_but_files_can_be_opened(uploads: Uploads, files: FileStor
     names = {each for name in found for each in (name, name.rpartition("/")[2], f"./{name}", f"x/../{name}")}
     assert [name for name in sorted(names) if await files.open(name)] == [whole.key]
     assert not await files.has(half.key)
-
-
-# -- what is removed
-
-
-async def test_what_was_given_up_is_removed_after_its_ticket(
-    uploads: Uploads, files: FileStore, clock: Clock
-) -> None:
-    ticket = await begun(uploads)
-    await parted(uploads, ticket, {1: b"x"})
-    torn = files.folder / "uploads" / ticket.key / "0123#1"
-    torn.write_bytes(b"of a process that was killed")
-    clock.ahead = TICKET_S
-    await uploads.sweep()
-    assert len(kept(files)) == 2
-    clock.ahead = TICKET_S + SLACK_S + 1
-    await uploads.sweep()
-    assert kept(files) == []
-
-
-async def test_beginning_an_upload_sweeps_once_an_hour(
-    uploads: Uploads, files: FileStore, clock: Clock
-) -> None:
-    await parted(uploads, await begun(uploads), {1: b"x"})
-    os.utime(next((files.folder / "uploads").iterdir()), (0, 0))
-    await begun(uploads)
-    assert len(kept(files)) == 1
-    clock.ahead = HOUR + 1
-    await begun(uploads)
-    assert kept(files) == []
-
-
-async def test_a_file_goes_when_its_sender_wanted(uploads: Uploads, files: FileStore, clock: Clock) -> None:
-    short, long = await begun(uploads, keep_s=60), await begun(uploads)
-    for ticket in (short, long):
-        await uploads.complete(ticket, await parted(uploads, ticket, {1: b"x"}))
-    clock.ahead = 61
-    assert await files.open(short.key) is None and not await files.has(short.key)
-    assert await files.has(long.key)
-    await uploads.sweep()
-    assert not (files.folder / short.key).exists()
-    with pytest.raises(Forbidden):  # its ticket is still good, its content is not another's
-        await uploads.complete(short, await parted(uploads, short, {1: b"y"}))
-    clock.ahead = TICKET_S + SLACK_S + 61
-    await uploads.sweep()
-    assert {path.name for path in kept(files)} == {long.key}
