@@ -14,19 +14,24 @@ import mimetypes
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import obstore
-from obstore.store import LocalStore
+from obstore.exceptions import BaseError
 from pydantic import BaseModel, ConfigDict
 
+from deployments.files import shown
+from deployments.files.bucket import Bucket
+from deployments.files.folder import Folder
+from deployments.files.place import Place, Redirect
+from schemas.errors import StoreDown
 from schemas.settings import local_path
 
 KEY_BYTES = 16  # 128 random bits in a name
 MAX_NAME = 80  # characters of a client's file name that stay in a key
-CHUNK_BYTES = 2**18  # what is read, or written, at once. A store of Amazon's takes 5 MiB at least
+CHUNK_BYTES = 2**18  # what is read at once
 
 Clock = Callable[[], float]
 
@@ -66,11 +71,14 @@ _SENT = re.compile(rf"{_RANDOM}_([A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}
 
 
 class FileStore:
-    """Saves bytes under names of our own, opens them again, says by which URL a client reads them."""
+    """Saves bytes under names of our own, opens them again, says by which URL a client reads them.
 
-    def __init__(self, objects: LocalStore, folder: Path, clock: Clock = time.time) -> None:
-        self.objects = objects
-        self.folder = folder
+    Every method that asks the place raises StoreDown when that fails.
+    """
+
+    def __init__(self, place: Place, clock: Clock = time.time) -> None:
+        self.place = place
+        self.objects = place.objects
         self.clock = clock
 
     async def save(self, data: bytes, content_type: str, keep_s: float | None = None) -> str:
@@ -83,12 +91,15 @@ class FileStore:
             expires_at = int(self.clock() + keep_s)
             key = key.replace(".", f"-{expires_at}.")
             await self.let_expire(key, expires_at)
-        await obstore.put_async(self.objects, key, data)
+        attributes = self.place.attributes(shown.headers(content_type, None, keep_s))
+        with told():
+            await obstore.put_async(self.objects, key, data, attributes=attributes)
         return key
 
     async def let_expire(self, key: str, expires_at: float) -> None:
         """Have the sweeper remove a file that is about to be written. Unix seconds."""
-        await obstore.put_async(self.objects, f"expiring/{int(expires_at)}_{key}", b"")
+        with told():
+            await obstore.put_async(self.objects, f"expiring/{int(expires_at)}_{key}", b"")
 
     async def open(self, key: str) -> StoredFile | None:
         """The file of a key, or None. What is no key is None without a look."""
@@ -96,18 +107,26 @@ class FileStore:
         if facts is None:
             return None
         try:
-            found = await obstore.get_async(self.objects, key)
+            with told():
+                found = await obstore.get_async(self.objects, key)
         except FileNotFoundError:
             return None
-        sent = _SENT.fullmatch(key)
-        left_s = None if facts.expires_at is None else facts.expires_at - self.clock()
         tag = key[: 2 * KEY_BYTES]
-        name = sent and sent[1]
-        return StoredFile(tag, found.meta["size"], facts.content_type, name, left_s, _chunks(found))
+        size = found.meta["size"]
+        return StoredFile(tag, size, facts.content_type, sent_name(key), facts.left_s, _chunks(found))
+
+    async def redirect(self, key: str) -> Redirect | None:
+        """Where a client may read the file without us; None also where there is no file."""
+        facts = await self._facts(key)
+        if facts is None or not await self.is_there(key):
+            return None
+        with told():
+            return await self.place.redirect(key, facts.left_s)
 
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes from `start` to before `end` of a file that has been opened."""
-        found = await obstore.get_async(self.objects, key, options={"range": (start, end)})
+        with told():
+            found = await obstore.get_async(self.objects, key, options={"range": (start, end)})
         async for chunk in _chunks(found):
             yield chunk
 
@@ -118,7 +137,8 @@ class FileStore:
     async def is_there(self, name: str) -> bool:
         """Whether the store has an object of this name."""
         try:
-            await obstore.head_async(self.objects, name)
+            with told():
+                await obstore.head_async(self.objects, name)
         except FileNotFoundError:
             return False
         return True
@@ -126,31 +146,34 @@ class FileStore:
     async def details(self, key: str) -> Details | None:
         """What is known of a file that a client sent, or is about to send."""
         try:
-            found = await obstore.get_async(self.objects, f"details/{key}")
+            with told():
+                found = await obstore.get_async(self.objects, f"details/{key}")
+                text = bytes(await found.bytes_async())
         except FileNotFoundError:
             return None
-        return Details.model_validate_json(bytes(await found.bytes_async()))
+        return Details.model_validate_json(text)
 
     def url(self, key: str, base_url: str) -> str:
         """Where a client finds the key: on the server at `base_url`, or in the store itself."""
-        return f"{base_url}/files/{key}" if base_url else f"{self.folder.as_uri()}/{key}"
+        return f"{base_url}/files/{key}" if base_url else self.place.url(key)
 
     async def _facts(self, key: str) -> "_Facts | None":
         """None for what is no key, and for a file whose time is over."""
+        expires_at: float | None
         if made := _MADE.fullmatch(key):
-            facts = _Facts(_TYPES[made[2]], float(made[1]) if made[1] else None)
-        elif is_sent(key) and (details := await self.details(key)):
-            facts = _Facts(details.content_type, details.expires_at)
+            content_type, expires_at = _TYPES[made[2]], float(made[1]) if made[1] else None
+        elif sent_name(key) and (details := await self.details(key)):
+            content_type, expires_at = details.content_type, details.expires_at
         else:
             return None
-        is_over = facts.expires_at is not None and facts.expires_at <= self.clock()
-        return None if is_over else facts
+        left_s = None if expires_at is None else expires_at - self.clock()
+        return None if left_s is not None and left_s <= 0 else _Facts(content_type, left_s)
 
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
     content_type: str
-    expires_at: float | None  # unix seconds
+    left_s: float | None
 
 
 def new_key(name: str | None, content_type: str) -> str:
@@ -160,9 +183,19 @@ def new_key(name: str | None, content_type: str) -> str:
     return f"{secrets.token_hex(KEY_BYTES)}_{plain[-MAX_NAME:].lstrip('.') or 'file'}"
 
 
-def is_sent(key: str) -> bool:
-    """Whether the key has the form of a client's file."""
-    return _SENT.fullmatch(key) is not None
+def sent_name(key: str) -> str | None:
+    """What a client called its file, in plain letters; None for what is no key of such a file."""
+    sent = _SENT.fullmatch(key)
+    return sent and sent[1]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell a caller that the store failed, and no more."""
+    try:
+        yield
+    except BaseError as error:
+        raise StoreDown("The file store cannot be used at this moment; try again.") from error
 
 
 async def _chunks(found: "obstore.GetResult") -> AsyncIterator[bytes]:
@@ -171,8 +204,10 @@ async def _chunks(found: "obstore.GetResult") -> AsyncIterator[bytes]:
 
 
 def open_files(url: str, clock: Clock = time.time) -> FileStore:
-    """Open the store at `file://PATH`; the folder is made when absent."""
+    """Open the store at `file://PATH` or `s3://BUCKET/PREFIX?…`. Raises ValueError for any other URL."""
+    if url.startswith("s3://"):
+        return FileStore(Bucket(url), clock)
     path = local_path(url, "file")
     if path is None:
-        raise ValueError(f"files_url must begin with file://, got {url!r}")
-    return FileStore(LocalStore(path, mkdir=True), path, clock)
+        raise ValueError(f"files_url must begin with file:// or s3://, got {url.partition('://')[0]!r}")
+    return FileStore(Folder(path), clock)

@@ -8,9 +8,6 @@ import asyncio
 import contextvars
 import logging
 import re
-import shutil
-from collections.abc import Iterable
-from pathlib import Path
 
 import obstore
 
@@ -46,7 +43,8 @@ class Sweeper:
 
     async def sweep(self) -> int:
         """Remove what is due now. Returns how many files' time was over."""
-        await asyncio.to_thread(self._remove_given_up)
+        # What nobody has touched since its ticket ended was given up.
+        await self._files.place.clear_left("uploads", self._files.clock() - TICKET_S - SLACK_S)
         return await self._remove_expired()
 
     async def _run(self) -> None:
@@ -80,25 +78,3 @@ class Sweeper:
         except FileNotFoundError:
             return False
         return True
-
-    def _remove_given_up(self) -> None:
-        """What nobody has touched since its ticket ended: uploads, and what a killed process was writing.
-
-        An upload's folder changes with every part that comes.
-        """
-        for begun in self._left((self._files.folder / "uploads").glob("*")):
-            shutil.rmtree(begun, ignore_errors=True)
-        for torn in self._left(self._files.folder.rglob("*#*")):
-            torn.unlink(missing_ok=True)
-
-    def _left(self, paths: Iterable[Path]) -> list[Path]:
-        """Those that are old. What goes meanwhile is another's."""
-        end = self._files.clock() - TICKET_S - SLACK_S
-        return [path for path in paths if (changed := _changed_at(path)) is not None and changed <= end]
-
-
-def _changed_at(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None

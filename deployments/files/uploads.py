@@ -18,24 +18,23 @@ import asyncio
 import hashlib
 import re
 import secrets
-import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from pydantic import BaseModel, ConfigDict
 
-from deployments.files.signatures import Signer, load_secret
-from deployments.files.store import CHUNK_BYTES, Details, FileStore, new_key
-from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown
+from deployments.files import shown
+from deployments.files.signatures import Signer
+from deployments.files.store import CHUNK_BYTES, Details, FileStore, new_key, sent_name, told
+from schemas.errors import BadRequest, BodyTooLarge, Forbidden
 
 TICKET_S = 24 * 3600.0
 SLACK_S = 3600.0  # what began in time may end so much later
 MAX_PARTS = 10_000
 
-CHUNKS = 4  # of an upload that are in memory
+CHUNKS = 4  # of an upload that are in memory, each of the size that the place takes
 
 _PART = re.compile(r"(\d{1,5})-([0-9a-f]{32})")
 
@@ -65,7 +64,7 @@ class Uploads:
     def __init__(self, files: FileStore, max_bytes: int) -> None:
         self._files = files
         self._objects = files.objects
-        self._folder = files.folder / "uploads"
+        self._place = files.place
         self._max_bytes = max_bytes
 
     async def begin(self, name: str | None, content_type: str, keep_s: int | None) -> Ticket:
@@ -127,8 +126,8 @@ class Uploads:
                 yield block
 
         place = f"uploads/{ticket.key}/{secrets.token_hex(16)}"
-        with _told():
-            await self._put(place, counted())
+        with told():
+            await self._put(place, counted(), ticket)
             tag = digest.hexdigest()[:32]
             await obstore.rename_async(self._objects, place, f"uploads/{ticket.key}/{number}-{tag}")
         return tag
@@ -146,12 +145,13 @@ class Uploads:
         if details.content != content:
             raise Forbidden("This upload URL has been used for another content; begin a new upload.")
         if not await self._files.is_there(ticket.key):
-            await self._publish(ticket.key, parts)
-        await asyncio.to_thread(shutil.rmtree, self._folder / ticket.key, ignore_errors=True)
+            await self._publish(ticket, parts)
+        with told():
+            await self._place.clear(f"uploads/{ticket.key}")
 
     @cached_property
     def _signer(self) -> Signer:
-        return Signer(load_secret(self._files.folder / "secret"))
+        return Signer(self._place.secret())
 
     async def _sizes(self, key: str) -> dict[int, int]:
         """How large each part is that has arrived; of several tries, the largest."""
@@ -163,7 +163,7 @@ class Uploads:
     async def _arrived(self, key: str) -> dict[tuple[int, str], int]:
         """(number, tag) → bytes."""
         found: dict[tuple[int, str], int] = {}
-        with _told():
+        with told():
             async for batch in obstore.list(self._objects, f"uploads/{key}"):
                 for each in batch:
                     if part := _PART.fullmatch(each["path"].rpartition("/")[2]):
@@ -181,7 +181,7 @@ class Uploads:
     async def _claim(self, ticket: Ticket, content: str) -> Details:
         """Say of what the key is made; returns what the first to say it said."""
         expires_at = None
-        with _told():
+        with told():
             if ticket.keep_s is not None:
                 expires_at = self._files.clock() + ticket.keep_s
                 await self._files.let_expire(ticket.key, expires_at)
@@ -193,16 +193,17 @@ class Uploads:
                 return await self._files.details(ticket.key) or details
         return details
 
-    async def _publish(self, key: str, parts: Mapping[int, str]) -> None:
+    async def _publish(self, ticket: Ticket, parts: Mapping[int, str]) -> None:
         """Give the file its name. It is whole from the first moment."""
+        key = ticket.key
         places = [f"uploads/{key}/{number}-{tag}" for number, tag in sorted(parts.items())]
-        with _told():
+        with told():
             try:
                 if len(places) == 1:
                     await obstore.rename_async(self._objects, places[0], key)
                 else:
                     whole = f"uploads/{key}/{secrets.token_hex(16)}"
-                    await self._put(whole, self._joined(places))
+                    await self._put(whole, self._joined(places), ticket)
                     await obstore.rename_async(self._objects, whole, key)
             except (FileNotFoundError, BaseError) as error:
                 if await self._files.is_there(key):
@@ -211,9 +212,16 @@ class Uploads:
                     raise
                 raise BadRequest("A part is missing; begin the upload again.") from error
 
-    async def _put(self, place: str, chunks: AsyncIterator[bytes]) -> None:
+    async def _put(self, name: str, chunks: AsyncIterator[bytes], ticket: Ticket) -> None:
+        headers = shown.headers(ticket.content_type, sent_name(ticket.key), ticket.keep_s)
         await obstore.put_async(
-            self._objects, place, chunks, use_multipart=True, chunk_size=CHUNK_BYTES, max_concurrency=CHUNKS
+            self._objects,
+            name,
+            chunks,
+            attributes=self._place.attributes(headers),
+            use_multipart=True,
+            chunk_size=self._place.block_bytes,
+            max_concurrency=CHUNKS,
         )
 
     async def _joined(self, places: list[str]) -> AsyncIterator[bytes]:
@@ -235,12 +243,3 @@ async def _blocks(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             yield bytes(block)
             block.clear()
     yield bytes(block)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Tell a caller that the store failed, and no more."""
-    try:
-        yield
-    except BaseError as error:
-        raise StoreDown("The file could not be stored.") from error

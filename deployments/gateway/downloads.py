@@ -1,19 +1,18 @@
-"""Files to whoever knows their names. What a client has sent is shown, but never run."""
+"""Files to whoever knows their names.
+
+A file in a bucket is read from there: its URL, which is good for as long as the file is, answers with a
+redirect to one that is good for a while.
+"""
 
 import re
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from deployments.files import shown
 from deployments.files.store import FileStore, StoredFile
 from schemas.errors import NotFound
-
-# Browsers show these themselves; all else is saved, so that no page of a stranger's opens here.
-_SHOWN = ("image/", "audio/", "video/", "text/plain")
-_ACTIVE = ("image/svg",)  # may hold scripts
-
-YEAR_S = 365 * 86_400
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
@@ -23,6 +22,10 @@ def routes(files: FileStore) -> list[Route]:
 
     async def file(request: Request) -> Response:
         key = request.path_params["key"]
+        if request.method == "GET" and (place := await files.redirect(key)):
+            return RedirectResponse(
+                place.url, 302, {"cache-control": f"private, max-age={place.lasts_s // 2}"}
+            )
         found = await files.open(key)
         if found is None:
             raise NotFound("File not found")
@@ -68,25 +71,10 @@ def _names(text: str, etag: str) -> bool:
 
 def _headers(found: StoredFile) -> dict[str, str]:
     return {
-        "content-type": found.content_type,
+        **shown.headers(found.content_type, found.name, found.left_s),
         "content-length": str(found.size),
         "accept-ranges": "bytes",
-        "content-disposition": _disposition(found),
         "etag": f'"{found.tag}"',
-        "cache-control": _cached(found.left_s),
         "x-content-type-options": "nosniff",
         "content-security-policy": "default-src 'none'; sandbox",
     }
-
-
-def _cached(left_s: float | None) -> str:
-    """No cache may show a file longer than we do."""
-    age_s = YEAR_S if left_s is None else min(YEAR_S, int(left_s))
-    return f"public, max-age={age_s}, immutable"
-
-
-def _disposition(found: StoredFile) -> str:
-    kind = found.content_type.lower()
-    is_shown = kind.startswith(_SHOWN) and not kind.startswith(_ACTIVE)
-    name = f'; filename="{found.name}"' if found.name else ""
-    return f"{'inline' if is_shown else 'attachment'}{name}"

@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
+from deployments.files.folder import Folder
+from deployments.files.store import FileStore
 from deployments.files.uploads import Ticket, Uploads
 
 
@@ -37,3 +40,9 @@ async def uploaded(uploads: Uploads, data: bytes = b"x", keep_s: int | None = No
     ticket = await begun(uploads, keep_s=keep_s)
     await uploads.complete(ticket, await parted(uploads, ticket, {1: data}))
     return ticket
+
+
+def folder(files: FileStore) -> Path:
+    """Where a store that has a folder keeps its files."""
+    assert isinstance(files.place, Folder)
+    return files.place.path

@@ -9,7 +9,7 @@ from deployments.files.store import FileStore, open_files
 from deployments.files.sweeper import Sweeper
 from deployments.files.uploads import SLACK_S, TICKET_S, Uploads
 from schemas.errors import Forbidden
-from tests.support.uploading import Clock, begun, parted, uploaded
+from tests.support.uploading import Clock, begun, folder, parted, uploaded
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def sweeper(files: FileStore) -> Sweeper:
 
 
 def kept(files: FileStore) -> set[str]:
-    paths = (path for path in files.folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(files.folder)) for path in paths}
+    paths = (path for path in folder(files).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder(files))) for path in paths}
 
 
 async def test_a_file_goes_when_its_sender_wanted(
@@ -74,7 +74,7 @@ async def test_what_was_given_up_is_removed_after_its_ticket(
     ticket = await begun(uploads)
     await parted(uploads, ticket, {1: b"x"})
     for torn in (f"uploads/{ticket.key}/0123#1", f"{'0' * 32}.png#1"):
-        (files.folder / torn).write_bytes(b"of a process that was killed")
+        (folder(files) / torn).write_bytes(b"of a process that was killed")
     clock.ahead = TICKET_S
     await sweeper.sweep()
     assert len(kept(files)) == 3
@@ -98,9 +98,9 @@ async def test_a_sweep_that_was_cut_off_is_finished_by_the_next(
     uploads: Uploads, files: FileStore, sweeper: Sweeper, clock: Clock
 ) -> None:
     tickets = [await uploaded(uploads, keep_s=60) for _ in range(3)]
-    (files.folder / tickets[0].key).unlink()  # as a process that died in the middle left it
-    (files.folder / "details" / tickets[0].key).unlink()
-    (files.folder / "expiring" / "not a mark").write_bytes(b"")
+    (folder(files) / tickets[0].key).unlink()  # as a process that died in the middle left it
+    (folder(files) / "details" / tickets[0].key).unlink()
+    (folder(files) / "expiring" / "not a mark").write_bytes(b"")
     clock.ahead = TICKET_S + 61
     assert await sweeper.sweep() == 2
     assert kept(files) == {"expiring/not a mark"}
@@ -110,7 +110,7 @@ async def test_several_sweep_at_once(uploads: Uploads, files: FileStore, clock: 
     for _ in range(20):
         await uploaded(uploads, keep_s=60)
     clock.ahead = TICKET_S + 61
-    others = [Sweeper(open_files(files.folder.as_uri(), clock), 3600) for _ in range(4)]
+    others = [Sweeper(open_files(folder(files).as_uri(), clock), 3600) for _ in range(4)]
     counts = await asyncio.gather(*(each.sweep() for each in others))
     assert sum(counts) == 20
     assert kept(files) == set()

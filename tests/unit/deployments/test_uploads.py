@@ -12,7 +12,7 @@ import pytest
 from deployments.files.store import FileStore, StoredFile, open_files
 from deployments.files.uploads import TICKET_S, Ticket, Uploads
 from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown
-from tests.support.uploading import Clock, begun, parted, sent
+from tests.support.uploading import Clock, begun, folder, parted, sent
 
 LIMIT = 1_000_000
 
@@ -44,7 +44,7 @@ async def content(files: FileStore, key: str) -> bytes:
 
 def kept(files: FileStore) -> list[Path]:
     """All that lies in the store, but for the secret."""
-    return [path for path in files.folder.rglob("*") if path.is_file() and path.name != "secret"]
+    return [path for path in folder(files).rglob("*") if path.is_file() and path.name != "secret"]
 
 
 # -- what is sent
@@ -253,8 +253,8 @@ async def test_memory_does_not_grow_with_the_file(files: FileStore) -> None:
 
 
 async def test_a_store_that_fails_says_so(uploads: Uploads, files: FileStore) -> None:
-    (files.folder / "uploads").write_text("in the way")
-    with pytest.raises(StoreDown, match="could not be stored"):
+    (folder(files) / "uploads").write_text("in the way")
+    with pytest.raises(StoreDown, match="cannot be used"):
         await uploads.receive(await begun(uploads), 1, sent(b"x"))
 
 
@@ -269,7 +269,7 @@ def others(tmp_path: Path) -> Uploads:
 
 async def test_any_process_with_the_same_store_takes_a_ticket(uploads: Uploads, files: FileStore) -> None:
     ticket = await begun(uploads)
-    other = Uploads(open_files(files.folder.as_uri()), LIMIT)
+    other = Uploads(open_files(folder(files).as_uri()), LIMIT)
     assert other.ticket(uploads.sign(ticket), ticket.key) == ticket
     tags = {1: await uploads.receive(ticket, 1, sent(b"a")), 2: await other.receive(ticket, 2, sent(b"b"))}
     await other.complete(ticket, tags)
@@ -284,7 +284,7 @@ def test_ten_processes_at_once_draw_one_secret(files: FileStore) -> None:
         return await asyncio.gather(*(sign(Uploads(files, LIMIT)) for _ in range(10)))
 
     assert len(set(asyncio.run(all_at_once()))) == 1
-    [secret] = files.folder.glob("secret*")
+    [secret] = folder(files).glob("secret*")
     assert secret.stat().st_mode & 0o777 == 0o600
 
 
@@ -361,7 +361,7 @@ async def test_a_name_becomes_part_of_the_key_in_plain_letters(
     assert ticket.key.endswith(ending)
     assert len(ticket.key) <= 120
     await uploads.complete(ticket, await parted(uploads, ticket, {1: b"x"}))
-    assert (files.folder / ticket.key).read_bytes() == b"x"
+    assert (folder(files) / ticket.key).read_bytes() == b"x"
 
 
 async def test_keys_differ(uploads: Uploads) -> None:
@@ -374,7 +374,7 @@ async def test_nothing_but_files_can_be_opened(uploads: Uploads, files: FileStor
     await uploads.complete(whole, await parted(uploads, whole, {1: b"x"}))
     await parted(uploads, half, {1: b"a part", 2: b"another"})
     uploads.sign(whole)  # draws the secret
-    found = [str(path.relative_to(files.folder)) for path in files.folder.rglob("*") if path.is_file()]
+    found = [str(path.relative_to(folder(files))) for path in folder(files).rglob("*") if path.is_file()]
     assert len(found) == 6  # a file, its details, its end; two parts; the secret
     names = {each for name in found for each in (name, name.rpartition("/")[2], f"./{name}", f"x/../{name}")}
     assert [name for name in sorted(names) if await files.open(name)] == [whole.key]
