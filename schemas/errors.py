@@ -11,6 +11,7 @@
     │   ├── NotFound            404
     │   │   └── RequestNotFound 404, with the status word that fal's queue uses
     │   ├── MethodNotAllowed    405
+    │   ├── TooSlow             408
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
     │   └── Cancelled           499
@@ -149,6 +150,13 @@ class MethodNotAllowed(RequestError):
 
     status = 405
     error_type = "method_not_allowed"
+
+
+class TooSlow(RequestError):
+    """The body did not come in the time that the server waits."""
+
+    status = 408
+    error_type = "request_timeout"
 
 
 class BodyTooLarge(RequestError):

@@ -107,6 +107,8 @@ class FrontSettings(Settings):
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
     max_upload_bytes: int = Field(500 * 2**20, gt=0, description="of an uploaded file")
+    body_grace_s: float = Field(30, gt=0, description="how long the server waits for a body to come")
+    body_bytes_per_s: float = Field(1024, gt=0, description="and a second more for so many bytes that came")
     sweep_s: float = Field(
         600, gt=0, description="how often files whose time is over and uploads that were given up are removed"
     )

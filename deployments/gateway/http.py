@@ -15,6 +15,7 @@ from deployments.gateway import answers, body, downloads, middleware, sse, uploa
 from deployments.gateway.addresses import JWKS, METHODS, Verb, queue_path
 from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keys import Keys
+from deployments.gateway.patience import Patience
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
 from schemas.jobs import JobResult, Previewed, Record, Snapshot
 
@@ -44,10 +45,12 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
         Route("/rest/{path:path}", http.unknown, methods=everything),
         Route("/cdn/{path:path}", http.unknown, methods=everything),
     ]
+    settings = gateway.settings
     app: ASGIApp = Router(routes=routes, redirect_slashes=False)
     for layer in (
         middleware.Addressing,
         lambda inner: middleware.Authentication(inner, keys),
+        lambda inner: Patience(inner, settings.body_grace_s, settings.body_bytes_per_s),
         middleware.Errors,
         middleware.Headers,
     ):
