@@ -6,11 +6,12 @@ from benchmarks import (
     engine,
     measure,
     overhead,
+    protocol,
     queue_throughput,
     stable_diffusion,
     webhooks,
 )
 
 measure.header()
-for benchmark in (overhead, queue_throughput, webhooks, engine, adapters, bases, stable_diffusion):
+for benchmark in (overhead, queue_throughput, webhooks, protocol, engine, adapters, bases, stable_diffusion):
     benchmark.main()

@@ -26,25 +26,31 @@ def request(url: str, method: str, path: str, body: bytes = b"") -> bytes:
     return lines.encode() + body
 
 
-def drive(url: str, connections: int, seconds: float, next_request: Callable[[int], bytes]) -> Tally:
-    """Call from all connections at once, each its next request as soon as it has its answer.
+def drive(
+    url: str, connections: int, seconds: float, next_request: Callable[[int], bytes], pause_s: float = 0
+) -> Tally:
+    """Call from all connections at once, each its next request `pause_s` after its answer.
 
     `next_request` gets the connection's number. Any answer but a 2xx raises.
     """
-    return asyncio.run(_drive(url, connections, seconds, next_request))
+    return asyncio.run(_drive(url, connections, seconds, next_request, pause_s))
 
 
-async def _drive(url: str, connections: int, seconds: float, next_request: Callable[[int], bytes]) -> Tally:
+async def _drive(
+    url: str, connections: int, seconds: float, next_request: Callable[[int], bytes], pause_s: float
+) -> Tally:
     tally = Tally()
     began = time.perf_counter()
-    calls = (_call(url, number, began + seconds, next_request, tally) for number in range(connections))
+    calls = (
+        _call(url, number, began + seconds, next_request, pause_s, tally) for number in range(connections)
+    )
     await asyncio.gather(*calls)
     tally.seconds = time.perf_counter() - began
     return tally
 
 
 async def _call(
-    url: str, number: int, until: float, next_request: Callable[[int], bytes], tally: Tally
+    url: str, number: int, until: float, next_request: Callable[[int], bytes], pause_s: float, tally: Tally
 ) -> None:
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
@@ -57,6 +63,8 @@ async def _call(
                 raise RuntimeError(f"{head!r} {body!r}")
             tally.latencies.append(time.perf_counter() - began)
             tally.bodies.append(body)
+            if pause_s:
+                await asyncio.sleep(pause_s)
     finally:
         writer.close()
 

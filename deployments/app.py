@@ -25,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
+from deployments.files.sweeper import Sweeper
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
 from deployments.queue import open_outbox, open_queue
@@ -49,7 +50,8 @@ SPARE_CALLS = 4  # that a replica takes beside its `concurrency`: a prefetch wai
 
 
 def front(settings: FrontSettings) -> Application:
-    """The gateway, which owns the HTTP port, and the dispatcher, in whose process the webhooks' sender is.
+    """The gateway, which owns the HTTP port, and the dispatcher, in whose process the webhooks' sender and
+    the files' sweeper are.
 
     Both get the catalogue of models as `user_config`, so that a new model restarts neither.
     """
@@ -162,6 +164,7 @@ class _DispatcherReplica:
         self._settings = settings
         self._dispatcher: Dispatcher | None = None
         self._sender: Sender | None = None
+        self._sweeper: Sweeper | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         if self._dispatcher is None:
@@ -169,6 +172,8 @@ class _DispatcherReplica:
             self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect, _input_type)
             self._sender = _open_sender(self._settings)
             self._sender.start()
+            self._sweeper = Sweeper(open_files(self._settings.files_url), self._settings.sweep_s)
+            self._sweeper.start()
         await self._dispatcher.configure(Catalogue.model_validate(user_config))
 
     async def check_health(self) -> None:
@@ -176,8 +181,12 @@ class _DispatcherReplica:
             raise RuntimeError("The dispatcher's loops have ended.")
         if self._sender is not None and not self._sender.is_alive:
             raise RuntimeError("The sender of webhooks has ended.")
+        if self._sweeper is not None and not self._sweeper.is_alive:
+            raise RuntimeError("The sweeper of files has ended.")
 
     async def __del__(self) -> None:
+        if self._sweeper is not None:
+            await self._sweeper.close()
         if self._sender is not None:
             await self._sender.close()
         if self._dispatcher is not None:

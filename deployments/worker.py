@@ -340,7 +340,7 @@ class Worker:
         if generation.inline:
             return _inline(picture, data, generation.format)
         kind = images.content_type(generation.format)
-        key = await self._files.save(data, kind)
+        key = await self._files.save(data, kind, job.keep_s)
         return PictureFile(
             url=self._files.url(key, job.base_url),
             content_type=kind,
@@ -352,7 +352,7 @@ class Worker:
 
     async def _store_trace(self, job: Job, field: str, tar: bytes) -> File:
         kind = "application/x-tar"
-        url = self._files.url(await self._files.save(tar, kind), job.base_url)
+        url = self._files.url(await self._files.save(tar, kind, job.keep_s), job.base_url)
         return File(url=url, content_type=kind, file_name=f"{field}.tar", file_size=len(tar))
 
     @staticmethod

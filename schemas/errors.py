@@ -14,6 +14,7 @@
     │   │   └── RequestNotFound 404, with the status word that fal's queue uses
     │   ├── MethodNotAllowed    405
     │   ├── TargetRefused       412
+    │   ├── TooSlow             408
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
     │   ├── TooManyRuns         429
@@ -178,6 +179,13 @@ class TargetRefused(RequestError):
     """The proxy was asked for a host that it does not stand for."""
 
     status = 412
+
+
+class TooSlow(RequestError):
+    """The body did not come in the time that the server waits."""
+
+    status = 408
+    error_type = "request_timeout"
 
 
 class BodyTooLarge(RequestError):

@@ -37,8 +37,9 @@ class Job:
     webhook_url: str | None = None
     previews: bool = False  # the caller watches pictures form
     retries: bool = True  # whether it runs again after the loss of its worker
-    keeps: bool = True  # whether its input and output stay as long as any
+    stores_io: bool = True  # whether its input and output stay after the result was due to be fetched
     tags: tuple[str, ...] = ()  # the caller's own words for it
+    keep_s: int | None = None  # how long the output's files are kept; None: for good
 
 
 LogLevel = Literal["DEBUG", "INFO", "WARN", "ERROR"]

@@ -130,6 +130,11 @@ class FrontSettings(Settings):
         default_factory=dict,
         description="names that /v1/images takes beside endpoint ids: {gpt-image-2: {generations: …}}",
     )
+    body_grace_s: float = Field(30, gt=0, description="how long the server waits for a body to come")
+    body_bytes_per_s: float = Field(1024, gt=0, description="and a second more for so many bytes that came")
+    sweep_s: float = Field(
+        600, gt=0, description="how often files whose time is over and uploads that were given up are removed"
+    )
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     webhooks: WebhookSettings = WebhookSettings()

@@ -3,7 +3,6 @@
     uploads/KEY/RANDOM      a part on its way
     uploads/KEY/3-DIGEST    a part that has arrived
     details/KEY             written once, before the file: of which parts KEY is made, for good
-    expiring/TIME_KEY       stands for a file that is to be removed
     secret                  signs tickets and passes
 
 A ticket is all there is to an upload that has not begun: it names the key and the content type, so
@@ -19,25 +18,23 @@ import asyncio
 import hashlib
 import re
 import secrets
-import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from pydantic import BaseModel, ConfigDict
 
-from deployments.files.signatures import Signer, load_secret
-from deployments.files.store import CHUNK_BYTES, Details, FileStore, new_key
-from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown
+from deployments.files import shown
+from deployments.files.signatures import Signer
+from deployments.files.store import CHUNK_BYTES, Details, FileStore, new_key, sent_name, told
+from schemas.errors import BadRequest, BodyTooLarge, Forbidden
 
 TICKET_S = 24 * 3600.0
 SLACK_S = 3600.0  # what began in time may end so much later
-SWEEP_S = 3600.0
 MAX_PARTS = 10_000
 
-CHUNKS = 4  # of an upload that are in memory
+CHUNKS = 4  # of an upload that are in memory, each of the size that the place takes
 
 _PART = re.compile(r"(\d{1,5})-([0-9a-f]{32})")
 
@@ -67,13 +64,11 @@ class Uploads:
     def __init__(self, files: FileStore, max_bytes: int) -> None:
         self._files = files
         self._objects = files.objects
-        self._folder = files.folder / "uploads"
+        self._place = files.place
         self._max_bytes = max_bytes
-        self._swept_at = float("-inf")
 
     async def begin(self, name: str | None, content_type: str, keep_s: int | None) -> Ticket:
         """Leave to send a file. Nothing is stored yet."""
-        await self._sweep_now_and_then()
         until = self._files.clock() + TICKET_S
         key = new_key(name, content_type)
         return Ticket(key=key, content_type=content_type, keep_s=keep_s, until=until)
@@ -131,8 +126,8 @@ class Uploads:
                 yield block
 
         place = f"uploads/{ticket.key}/{secrets.token_hex(16)}"
-        with _told():
-            await self._put(place, counted())
+        with told():
+            await self._put(place, counted(), ticket)
             tag = digest.hexdigest()[:32]
             await obstore.rename_async(self._objects, place, f"uploads/{ticket.key}/{number}-{tag}")
         return tag
@@ -150,25 +145,13 @@ class Uploads:
         if details.content != content:
             raise Forbidden("This upload URL has been used for another content; begin a new upload.")
         if not await self._files.is_there(ticket.key):
-            await self._publish(ticket.key, parts)
-        await asyncio.to_thread(shutil.rmtree, self._folder / ticket.key, ignore_errors=True)
-
-    async def sweep(self) -> None:
-        """Remove uploads that were given up, and files whose time is over."""
-        await asyncio.to_thread(self._remove_given_up)
-        now = self._files.clock()
-        async for batch in obstore.list(self._objects, "expiring"):
-            for each in batch:
-                time, _, key = each["path"].removeprefix("expiring/").partition("_")
-                if int(time) <= now:
-                    await self._remove(key)
-                if int(time) + TICKET_S <= now:  # no ticket could make it again
-                    await self._remove(f"details/{key}")
-                    await self._remove(each["path"])
+            await self._publish(ticket, parts)
+        with told():
+            await self._place.clear(f"uploads/{ticket.key}")
 
     @cached_property
     def _signer(self) -> Signer:
-        return Signer(load_secret(self._files.folder / "secret"))
+        return Signer(self._place.secret())
 
     async def _sizes(self, key: str) -> dict[int, int]:
         """How large each part is that has arrived; of several tries, the largest."""
@@ -180,7 +163,7 @@ class Uploads:
     async def _arrived(self, key: str) -> dict[tuple[int, str], int]:
         """(number, tag) → bytes."""
         found: dict[tuple[int, str], int] = {}
-        with _told():
+        with told():
             async for batch in obstore.list(self._objects, f"uploads/{key}"):
                 for each in batch:
                     if part := _PART.fullmatch(each["path"].rpartition("/")[2]):
@@ -198,10 +181,10 @@ class Uploads:
     async def _claim(self, ticket: Ticket, content: str) -> Details:
         """Say of what the key is made; returns what the first to say it said."""
         expires_at = None
-        with _told():
+        with told():
             if ticket.keep_s is not None:
                 expires_at = self._files.clock() + ticket.keep_s
-                await obstore.put_async(self._objects, f"expiring/{int(expires_at)}_{ticket.key}", b"")
+                await self._files.let_expire(ticket.key, expires_at)
             details = Details(content_type=ticket.content_type, content=content, expires_at=expires_at)
             text = details.model_dump_json().encode()
             try:
@@ -210,16 +193,17 @@ class Uploads:
                 return await self._files.details(ticket.key) or details
         return details
 
-    async def _publish(self, key: str, parts: Mapping[int, str]) -> None:
+    async def _publish(self, ticket: Ticket, parts: Mapping[int, str]) -> None:
         """Give the file its name. It is whole from the first moment."""
+        key = ticket.key
         places = [f"uploads/{key}/{number}-{tag}" for number, tag in sorted(parts.items())]
-        with _told():
+        with told():
             try:
                 if len(places) == 1:
                     await obstore.rename_async(self._objects, places[0], key)
                 else:
                     whole = f"uploads/{key}/{secrets.token_hex(16)}"
-                    await self._put(whole, self._joined(places))
+                    await self._put(whole, self._joined(places), ticket)
                     await obstore.rename_async(self._objects, whole, key)
             except (FileNotFoundError, BaseError) as error:
                 if await self._files.is_there(key):
@@ -228,9 +212,16 @@ class Uploads:
                     raise
                 raise BadRequest("A part is missing; begin the upload again.") from error
 
-    async def _put(self, place: str, chunks: AsyncIterator[bytes]) -> None:
+    async def _put(self, name: str, chunks: AsyncIterator[bytes], ticket: Ticket) -> None:
+        headers = shown.headers(ticket.content_type, sent_name(ticket.key), ticket.keep_s)
         await obstore.put_async(
-            self._objects, place, chunks, use_multipart=True, chunk_size=CHUNK_BYTES, max_concurrency=CHUNKS
+            self._objects,
+            name,
+            chunks,
+            attributes=self._place.attributes(headers),
+            use_multipart=True,
+            chunk_size=self._place.block_bytes,
+            max_concurrency=CHUNKS,
         )
 
     async def _joined(self, places: list[str]) -> AsyncIterator[bytes]:
@@ -238,27 +229,6 @@ class Uploads:
             found = await obstore.get_async(self._objects, place)
             async for chunk in found.stream(CHUNK_BYTES):
                 yield bytes(chunk)
-
-    async def _sweep_now_and_then(self) -> None:
-        if self._files.clock() - self._swept_at >= SWEEP_S:
-            self._swept_at = self._files.clock()
-            await self.sweep()
-
-    def _remove_given_up(self) -> None:
-        """A folder changes with every part that comes; one unchanged since its ticket ended is left."""
-        for begun in self._folder.glob("*"):
-            try:
-                is_left = begun.stat().st_mtime + TICKET_S + SLACK_S <= self._files.clock()
-            except FileNotFoundError:  # completed meanwhile
-                continue
-            if is_left:
-                shutil.rmtree(begun, ignore_errors=True)
-
-    async def _remove(self, name: str) -> None:
-        try:
-            await obstore.delete_async(self._objects, name)
-        except FileNotFoundError:
-            pass  # another process was faster
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"A file may have at most {self._max_bytes} bytes here (max_upload_bytes).")
@@ -273,12 +243,3 @@ async def _blocks(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             yield bytes(block)
             block.clear()
     yield bytes(block)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Tell a caller that the store failed, and no more."""
-    try:
-        yield
-    except BaseError as error:
-        raise StoreDown("The file could not be stored.") from error

@@ -1,17 +1,18 @@
-"""Files to whoever knows their names. What a client has sent is shown, but never run."""
+"""Files to whoever knows their names.
+
+A file in a bucket is read from there: its URL, which is good for as long as the file is, answers with a
+redirect to one that is good for a while.
+"""
 
 import re
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from deployments.files import shown
 from deployments.files.store import FileStore, StoredFile
 from schemas.errors import NotFound
-
-# Browsers show these themselves; all else is saved, so that no page of a stranger's opens here.
-_SHOWN = ("image/", "audio/", "video/", "text/plain")
-_ACTIVE = ("image/svg",)  # may hold scripts
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
@@ -21,14 +22,22 @@ def routes(files: FileStore) -> list[Route]:
 
     async def file(request: Request) -> Response:
         key = request.path_params["key"]
+        if request.method == "GET" and (place := await files.redirect(key)):
+            return RedirectResponse(
+                place.url, 302, {"cache-control": f"private, max-age={place.lasts_s // 2}"}
+            )
         found = await files.open(key)
         if found is None:
             raise NotFound("File not found")
         # Not by `media_type`, which adds a charset: the type is told as the sender gave it.
         headers = _headers(found)
+        if _names(request.headers.get("if-none-match", ""), headers["etag"]):
+            told = ("etag", "cache-control")
+            return Response(status_code=304, headers={name: headers[name] for name in told})
         if request.method == "HEAD":
             return Response(headers=headers)
-        asked = _span(request.headers.get("range", ""), found.size)
+        is_same = request.headers.get("if-range", headers["etag"]) == headers["etag"]
+        asked = _span(request.headers.get("range", ""), found.size) if is_same else None
         if asked is None:
             return StreamingResponse(found.chunks, headers=headers)
         start, end = asked
@@ -55,20 +64,17 @@ def _span(text: str, size: int) -> tuple[int, int] | None:
     return first, size if last is None else min(last + 1, size)
 
 
+def _names(text: str, etag: str) -> bool:
+    """Whether an If-None-Match header has the tag. A weak one will do."""
+    return text.strip() == "*" or etag in (each.strip().removeprefix("W/") for each in text.split(","))
+
+
 def _headers(found: StoredFile) -> dict[str, str]:
     return {
-        "content-type": found.content_type,
+        **shown.headers(found.content_type, found.name, found.left_s),
         "content-length": str(found.size),
         "accept-ranges": "bytes",
-        "content-disposition": _disposition(found),
-        "cache-control": "public, max-age=31536000, immutable",
+        "etag": f'"{found.tag}"',
         "x-content-type-options": "nosniff",
         "content-security-policy": "default-src 'none'; sandbox",
     }
-
-
-def _disposition(found: StoredFile) -> str:
-    kind = found.content_type.lower()
-    is_shown = kind.startswith(_SHOWN) and not kind.startswith(_ACTIVE)
-    name = f'; filename="{found.name}"' if found.name else ""
-    return f"{'inline' if is_shown else 'attachment'}{name}"

@@ -54,9 +54,10 @@ class Wishes:
     start_timeout_s: float | None = None
     webhook_url: str | None = None
     max_queue_length: int | None = None  # refuse when more wait
+    keep_s: int | None = None  # how long the output's files are kept; None: for good
     previews: bool = False
     retries: bool = True  # run again after the loss of a worker
-    keeps: bool = True  # keep input and output as long as any
+    stores_io: bool = True  # keep input and output as long as any
     tags: tuple[str, ...] = ()
     idempotency_key: str | None = None  # what comes again under it is the same request
 
@@ -142,8 +143,9 @@ class Gateway:
             webhook_url=wishes.webhook_url,
             previews=wishes.previews,
             retries=wishes.retries,
-            keeps=wishes.keeps,
+            stores_io=wishes.stores_io,
             tags=wishes.tags,
+            keep_s=wishes.keep_s,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
         key = wishes.idempotency_key

@@ -30,6 +30,7 @@ from deployments.gateway.attendance import Attendance
 from deployments.gateway.gateway import Accepted, Caller, Gateway
 from deployments.gateway.keep_alive import KeptAlive
 from deployments.gateway.keys import Keys
+from deployments.gateway.patience import Patience
 from schemas.errors import BadRequest, MethodNotAllowed, NotFound, NotReady
 from schemas.jobs import JobResult, Previewed, Record, Snapshot
 
@@ -63,11 +64,13 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
         Route("/rest/{path:path}", http.unknown, methods=everything),
         Route("/cdn/{path:path}", http.unknown, methods=everything),
     ]
+    settings = gateway.settings
     app: ASGIApp = Router(routes=routes, redirect_slashes=False)
     for layer in (
         lambda inner: middleware.Turnstile(inner, gateway.settings.max_runs),
         middleware.Addressing,
         lambda inner: middleware.Authentication(inner, keys),
+        lambda inner: Patience(inner, settings.body_grace_s, settings.body_bytes_per_s),
         middleware.Errors,
         middleware.Headers,
     ):

@@ -18,15 +18,14 @@ Python gets a pass with its key, shows it to the CDN, and has a ticket as the id
 
 import re
 from datetime import UTC, datetime
-from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.files.uploads import MAX_PARTS, TICKET_S, Ticket
-from deployments.gateway import answers, body, validation, wishes
+from deployments.gateway import answers, body, lifecycle, validation, wishes
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, Forbidden, NotFound
@@ -50,21 +49,6 @@ class _Part(BaseModel):
 
 class _Complete(BaseModel):
     parts: list[_Part] = Field(min_length=1, max_length=MAX_PARTS)
-
-
-class _Acl(BaseModel):
-    """Only `allow`: a file is open to whoever has its URL."""
-
-    class Rule(BaseModel):
-        decision: Literal["allow"]
-
-    default: Literal["allow"] | None = None
-    rules: list[Rule] = []
-
-
-class _Lifecycle(BaseModel):
-    expiration_duration_seconds: int | None = Field(None, gt=0, le=10**10)
-    initial_acl: _Acl | None = None
 
 
 def routes(gateway: Gateway, keys: Keys) -> list[Route]:
@@ -145,7 +129,8 @@ class _Uploads:
     async def _begin(self, request: Request, name: str | None, content_type: str) -> Ticket:
         if not _CONTENT_TYPE.fullmatch(content_type):
             raise BadRequest(f"{content_type[:200]!r} is no content type.")
-        return await self._uploads.begin(name, content_type, _keep_s(request))
+        keep_s = lifecycle.keep_s(request.headers, lifecycle.UPLOADED, lifecycle.PREFERRED)
+        return await self._uploads.begin(name, content_type, keep_s)
 
     async def _announced(self, request: Request) -> Ticket:
         """A ticket for what the headers tell of the file."""
@@ -193,20 +178,6 @@ def _number(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
         raise NotFound(f"Part {text[:20]!r} not found")
     return int(text)
-
-
-def _keep_s(request: Request) -> int | None:
-    """How long a caller wants its file to be kept. Raises BadRequest."""
-    for name in ("x-fal-object-lifecycle", "x-fal-object-lifecycle-preference"):
-        if (text := request.headers.get(name)) is None:
-            continue
-        try:
-            return _Lifecycle.model_validate_json(text).expiration_duration_seconds
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join([name, *map(str, first["loc"])])
-            raise BadRequest(f"{place}: {first['msg']}") from None
-    return None
 
 
 def _iso(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from starlette.requests import HTTPConnection, Request
 
+from deployments.gateway import lifecycle
 from deployments.gateway.addresses import parse_url
 from deployments.gateway.gateway import Wishes
 from schemas.errors import BadRequest
@@ -35,9 +36,10 @@ def read(request: Request, *, previews: bool) -> Wishes:
         max_queue_length=_max_queue_length(request),
         previews=previews,
         retries=not _flag(request, "x-fal-no-retry", default=False),
-        keeps=_flag(request, "x-fal-store-io", default=True),
+        stores_io=_flag(request, "x-fal-store-io", default=True),
         tags=_tags(request),
         idempotency_key=_idempotency_key(request),
+        keep_s=lifecycle.keep_s(request.headers, lifecycle.PREFERRED),
     )
 
 

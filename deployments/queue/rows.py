@@ -33,8 +33,9 @@ def job(row: RowMapping) -> Job:
         webhook_url=row["webhook_url"],
         previews=row["previews"],
         retries=row["retries"],
-        keeps=row["keeps"],
+        stores_io=row["stores_io"],
         tags=tuple(row["tags"] or ()),
+        keep_s=row["keep_s"],
     )
 
 

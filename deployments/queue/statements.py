@@ -77,7 +77,7 @@ _owed = select(deliveries.c.request_id).where(
 )
 _unkept = and_(
     ~_owed.exists(),  # a webhook is made of what would be erased
-    requests.c.keeps.is_(False),
+    requests.c.stores_io.is_(False),
     requests.c.state == State.COMPLETED,
     requests.c.finished_at <= bindparam("before"),
     requests.c.error_type.is_distinct_from(Erased.error_type),

@@ -6,6 +6,7 @@ the epoch, by the clock of the process that writes.
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -36,8 +37,9 @@ requests = Table(
     Column("previews", Boolean, nullable=False),
     Column("start_timeout_s", Float),
     Column("retries", Boolean, nullable=False, server_default=true()),
-    Column("keeps", Boolean, nullable=False, server_default=true()),
+    Column("stores_io", Boolean, nullable=False, server_default=true()),
     Column("tags", JSON(none_as_null=True)),
+    Column("keep_s", BigInteger),
     Column("state", String(10), nullable=False),
     Column("accepted_at", Float, nullable=False),
     Column("start_deadline", Float),
@@ -61,7 +63,7 @@ requests = Table(
     UniqueConstraint("request_id"),
     Index("requests_waiting", "model", "state", "priority", "seq"),
     Index("requests_leased", "state", "lease_until"),
-    Index("requests_not_kept", "keeps", "state", "finished_at"),
+    Index("requests_not_kept", "stores_io", "state", "finished_at"),
     sqlite_autoincrement=True,
 )
 

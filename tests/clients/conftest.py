@@ -32,6 +32,7 @@ from tests.support.watching import follow, submit
 MODELS = ("flux", "sdxl-canny", "sd")  # the applications of serve_config.yaml that the suite calls
 MAX_BODY_BYTES = 1_000_000
 MAX_UPLOAD_BYTES = 100_000_000
+BODY_GRACE_S = 5
 NODE = Path(__file__).parent / "node"
 WAYS = [
     "proxyUrl",  # @fal-ai/client: proxyUrl, for every request
@@ -53,6 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "max_body_bytes": MAX_BODY_BYTES,
         "max_upload_bytes": MAX_UPLOAD_BYTES,
         "run_grace_s": 5,
+        "body_grace_s": BODY_GRACE_S,
     }
     front["webhooks"] = here | {"retries_s": [0.1, 0.1], "timeout_s": 5}
     model = {"fetch": here, "weights": {"cache": f"file://{folder}/weights"}}

@@ -1,18 +1,22 @@
 """Uploads where fal's clients hide them: signatures, parts, limits, and how files are served."""
 
 import io
+import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.clients.conftest import MAX_UPLOAD_BYTES
-from tests.clients.inputs import ALICE, ENDPOINT, REMAKE, REMAKE_EXAMPLE, drawing, encoded
+from tests.clients.conftest import BODY_GRACE_S, MAX_UPLOAD_BYTES
+from tests.clients.inputs import ALICE, ENDPOINT, REMAKE, REMAKE_EXAMPLE, SMALL, drawing, encoded
 from tests.support.server import Server
 
 INITIATE = "/rest/storage/upload/initiate"
@@ -237,6 +241,111 @@ def test_the_gateway_does_not_hold_files_in_memory(alice: httpx.Client, server: 
     before = peak()
     send_at_once(4, 90)
     assert peak() - before < 60_000_000  # of 360 million
+
+
+# --- bodies that are not what they say ---
+
+
+@pytest.fixture
+def begun(alice: httpx.Client) -> httpx.URL:
+    """An upload URL."""
+    return httpx.URL(initiate(alice)["upload_url"])
+
+
+@contextmanager
+def sending(url: httpx.URL, headers: str, path: str | None = None) -> Iterator[socket.socket]:
+    """A PUT whose body is still to come."""
+    target = path or url.raw_path.decode()
+    with socket.create_connection((url.host, url.port), timeout=30) as sender:
+        sender.sendall(
+            f"PUT {target} HTTP/1.1\r\nhost: box\r\ncontent-type: image/png\r\n{headers}\r\n\r\n".encode()
+        )
+        yield sender
+
+
+def heard(sender: socket.socket) -> tuple[int, dict[str, Any]]:
+    """Status and body of the answer."""
+    answer = HTTPResponse(sender)
+    answer.begin()
+    body: dict[str, Any] = json.loads(answer.read())
+    return answer.status, body
+
+
+def of_upload(server: Server, url: httpx.URL) -> list[Path]:
+    """What the server keeps of it."""
+    key = url.path.rpartition("/")[2]
+    return [path for path in (server.log.parent / "files").rglob(f"*{key}*/**/*") if path.is_file()]
+
+
+def gone(server: Server, url: httpx.URL) -> bool:
+    """Whether nothing is kept of an upload; a broken connection takes a moment to be noticed."""
+    deadline = time.monotonic() + 10
+    while of_upload(server, url) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    is_unread = httpx.get(url.copy_with(query=None)).status_code == 404
+    return is_unread and not of_upload(server, url)
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_body_that_breaks_off_leaves_nothing(begun: httpx.URL, server: Server, is_part: bool) -> None:
+    path = httpx.URL(part(str(begun), 1)).raw_path.decode() if is_part else None
+    with sending(begun, "content-length: 2000000", path) as sender:
+        sender.sendall(b"x" * 1_000_000)
+    assert gone(server, begun)
+
+
+def test_a_body_that_breaks_off_between_chunks_leaves_nothing(begun: httpx.URL, server: Server) -> None:
+    with sending(begun, "transfer-encoding: chunked") as sender:
+        sender.sendall(b"f4240\r\n" + b"x" * 1_000_000 + b"\r\n")
+    assert gone(server, begun)
+
+
+def test_a_file_is_no_longer_than_it_says(begun: httpx.URL) -> None:
+    with sending(begun, "content-length: 3") as sender:
+        sender.sendall(b"onetwo")
+        assert heard(sender)[0] == 200
+    assert httpx.get(begun.copy_with(query=None)).content == b"one"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "content-length: -1",
+        "content-length: x",
+        "content-length: 1\r\ncontent-length: 2",
+        "content-length: 1e3",
+        f"content-length: {'9' * 100}",
+    ],
+)
+def test_a_length_that_is_none_is_refused(headers: str, begun: httpx.URL, server: Server) -> None:
+    with sending(begun, headers) as sender:
+        sender.sendall(b"x")
+        status = int(sender.recv(65_536).split(b" ")[1])
+    assert status in (400, 413)
+    assert gone(server, begun)
+
+
+@pytest.mark.parametrize(
+    ("headers", "piece"), [("content-length: 100", b"x"), ("transfer-encoding: chunked", b"1\r\nx\r\n")]
+)
+def test_a_body_that_drips_is_given_up(headers: str, piece: bytes, begun: httpx.URL, server: Server) -> None:
+    with sending(begun, headers) as sender:
+        dripping = threading.Event()
+
+        def drip() -> None:
+            while not dripping.wait(0.5):
+                sender.sendall(piece)
+
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(drip)
+            began = time.monotonic()
+            status, answer = heard(sender)
+            dripping.set()
+            ended.exception()  # the connection may have been closed on it
+    assert (status, answer["error_type"]) == (408, "request_timeout")
+    assert answer["detail"] == answer["message"]
+    assert BODY_GRACE_S - 1 < time.monotonic() - began < BODY_GRACE_S + 10
+    assert gone(server, begun)
 
 
 # --- addresses ---
@@ -480,6 +589,20 @@ def test_a_lifecycle_is_kept_or_refused(header: str, wish: str, status: int, ali
     assert answer.status_code == status
     if status == 400:
         assert header in answer.json()["message"]
+
+
+def test_pictures_go_when_their_caller_wanted(alice: httpx.Client) -> None:
+    wish = {"x-fal-object-lifecycle-preference": '{"expiration_duration_seconds": 1}'}
+    answer = alice.post(f"/run/{ENDPOINT}", json=SMALL, headers=wish)
+    assert answer.status_code == 200, answer.text
+    url = answer.json()["images"][0]["url"]
+    deadline = time.monotonic() + 10
+    while (gone := httpx.get(url)).status_code != 404:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert refusal(gone) == (404, "not_found")
+    soon = alice.post(f"/run/{ENDPOINT}", json=SMALL, headers={[*wish][0]: "soon"})
+    assert refusal(soon) == (400, "bad_request")
 
 
 def test_a_command_line_needs_no_more_than_a_key(stranger: httpx.Client) -> None:

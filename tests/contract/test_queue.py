@@ -58,6 +58,7 @@ async def test_a_job_comes_back_as_it_was_submitted(queue: Queue) -> None:
         webhook_url="http://there",
         start_timeout_s=5.0,
         previews=True,
+        keep_s=3600,
     )
     await queue.submit(job)
     record = await queue.get(job.request_id, "alice")
@@ -452,8 +453,8 @@ async def test_erasing_leaves_that_there_was_a_request_and_no_more(queue: Queue)
 
 
 async def test_what_is_not_to_be_kept_is_erased_once_nobody_needs_it(queue: Queue, clock: Clock) -> None:
-    kept, unkept = make_job(), make_job(keeps=False)
-    owing = make_job(keeps=False, webhook_url="https://there.example/hook")
+    kept, unkept = make_job(), make_job(stores_io=False)
+    owing = make_job(stores_io=False, webhook_url="https://there.example/hook")
     for job in (kept, unkept, owing):
         await queue.submit(job)
     for each in await claim(queue, limit=3):

@@ -17,7 +17,7 @@ async def test_wishes_go_with_the_request(place: Place, alice: httpx.AsyncClient
     for each in (receipt, plain):
         record = await place.queue.get(each["request_id"], "alice")
         assert record is not None
-        jobs.append((record.job.retries, record.job.keeps, record.job.tags))
+        jobs.append((record.job.retries, record.job.stores_io, record.job.tags))
     assert jobs == [(False, False, ("cats", "night shift")), (True, True, ())]
     items = (await alice.get("/v1/models/requests")).json()["items"]
     assert [item["tags"] for item in items] == [[], ["cats", "night shift"]]

@@ -10,21 +10,11 @@ from pathlib import Path
 import pytest
 
 from deployments.files.store import FileStore, StoredFile, open_files
-from deployments.files.uploads import SLACK_S, TICKET_S, Ticket, Uploads
+from deployments.files.uploads import TICKET_S, Ticket, Uploads
 from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown
+from tests.support.uploading import Clock, begun, folder, parted, sent
 
 LIMIT = 1_000_000
-HOUR = 3600.0
-
-
-class Clock:
-    """The time, as far from now as a test wants it."""
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-
-    def __call__(self) -> float:
-        return time.time() + self.ahead
 
 
 @pytest.fixture
@@ -42,21 +32,6 @@ def uploads(files: FileStore) -> Uploads:
     return Uploads(files, LIMIT)
 
 
-async def sent(data: bytes, size: int = 10_000) -> AsyncIterator[bytes]:
-    """A body as a server hands it on."""
-    for at in range(0, len(data), size):
-        yield data[at : at + size]
-    yield b""
-
-
-async def begun(uploads: Uploads, name: str | None = "cat.png", keep_s: int | None = None) -> Ticket:
-    return await uploads.begin(name, "image/png", keep_s)
-
-
-async def parted(uploads: Uploads, ticket: Ticket, parts: dict[int, bytes]) -> dict[int, str]:
-    return {number: await uploads.receive(ticket, number, sent(data)) for number, data in parts.items()}
-
-
 async def opened(files: FileStore, key: str) -> StoredFile:
     found = await files.open(key)
     assert found is not None
@@ -69,7 +44,7 @@ async def content(files: FileStore, key: str) -> bytes:
 
 def kept(files: FileStore) -> list[Path]:
     """All that lies in the store, but for the secret."""
-    return [path for path in files.folder.rglob("*") if path.is_file() and path.name != "secret"]
+    return [path for path in folder(files).rglob("*") if path.is_file() and path.name != "secret"]
 
 
 # -- what is sent
@@ -278,8 +253,8 @@ async def test_memory_does_not_grow_with_the_file(files: FileStore) -> None:
 
 
 async def test_a_store_that_fails_says_so(uploads: Uploads, files: FileStore) -> None:
-    (files.folder / "uploads").write_text("in the way")
-    with pytest.raises(StoreDown, match="could not be stored"):
+    (folder(files) / "uploads").write_text("in the way")
+    with pytest.raises(StoreDown, match="cannot be used"):
         await uploads.receive(await begun(uploads), 1, sent(b"x"))
 
 
@@ -294,7 +269,7 @@ def others(tmp_path: Path) -> Uploads:
 
 async def test_any_process_with_the_same_store_takes_a_ticket(uploads: Uploads, files: FileStore) -> None:
     ticket = await begun(uploads)
-    other = Uploads(open_files(files.folder.as_uri()), LIMIT)
+    other = Uploads(open_files(folder(files).as_uri()), LIMIT)
     assert other.ticket(uploads.sign(ticket), ticket.key) == ticket
     tags = {1: await uploads.receive(ticket, 1, sent(b"a")), 2: await other.receive(ticket, 2, sent(b"b"))}
     await other.complete(ticket, tags)
@@ -309,7 +284,7 @@ def test_ten_processes_at_once_draw_one_secret(files: FileStore) -> None:
         return await asyncio.gather(*(sign(Uploads(files, LIMIT)) for _ in range(10)))
 
     assert len(set(asyncio.run(all_at_once()))) == 1
-    [secret] = files.folder.glob("secret*")
+    [secret] = folder(files).glob("secret*")
     assert secret.stat().st_mode & 0o777 == 0o600
 
 
@@ -386,7 +361,7 @@ async def test_a_name_becomes_part_of_the_key_in_plain_letters(
     assert ticket.key.endswith(ending)
     assert len(ticket.key) <= 120
     await uploads.complete(ticket, await parted(uploads, ticket, {1: b"x"}))
-    assert (files.folder / ticket.key).read_bytes() == b"x"
+    assert (folder(files) / ticket.key).read_bytes() == b"x"
 
 
 async def test_keys_differ(uploads: Uploads) -> None:
@@ -399,54 +374,8 @@ async def test_nothing_but_files_can_be_opened(uploads: Uploads, files: FileStor
     await uploads.complete(whole, await parted(uploads, whole, {1: b"x"}))
     await parted(uploads, half, {1: b"a part", 2: b"another"})
     uploads.sign(whole)  # draws the secret
-    found = [str(path.relative_to(files.folder)) for path in files.folder.rglob("*") if path.is_file()]
+    found = [str(path.relative_to(folder(files))) for path in folder(files).rglob("*") if path.is_file()]
     assert len(found) == 6  # a file, its details, its end; two parts; the secret
     names = {each for name in found for each in (name, name.rpartition("/")[2], f"./{name}", f"x/../{name}")}
     assert [name for name in sorted(names) if await files.open(name)] == [whole.key]
     assert not await files.has(half.key)
-
-
-# -- what is removed
-
-
-async def test_what_was_given_up_is_removed_after_its_ticket(
-    uploads: Uploads, files: FileStore, clock: Clock
-) -> None:
-    ticket = await begun(uploads)
-    await parted(uploads, ticket, {1: b"x"})
-    torn = files.folder / "uploads" / ticket.key / "0123#1"
-    torn.write_bytes(b"of a process that was killed")
-    clock.ahead = TICKET_S
-    await uploads.sweep()
-    assert len(kept(files)) == 2
-    clock.ahead = TICKET_S + SLACK_S + 1
-    await uploads.sweep()
-    assert kept(files) == []
-
-
-async def test_beginning_an_upload_sweeps_once_an_hour(
-    uploads: Uploads, files: FileStore, clock: Clock
-) -> None:
-    await parted(uploads, await begun(uploads), {1: b"x"})
-    os.utime(next((files.folder / "uploads").iterdir()), (0, 0))
-    await begun(uploads)
-    assert len(kept(files)) == 1
-    clock.ahead = HOUR + 1
-    await begun(uploads)
-    assert kept(files) == []
-
-
-async def test_a_file_goes_when_its_sender_wanted(uploads: Uploads, files: FileStore, clock: Clock) -> None:
-    short, long = await begun(uploads, keep_s=60), await begun(uploads)
-    for ticket in (short, long):
-        await uploads.complete(ticket, await parted(uploads, ticket, {1: b"x"}))
-    clock.ahead = 61
-    assert await files.open(short.key) is None and not await files.has(short.key)
-    assert await files.has(long.key)
-    await uploads.sweep()
-    assert not (files.folder / short.key).exists()
-    with pytest.raises(Forbidden):  # its ticket is still good, its content is not another's
-        await uploads.complete(short, await parted(uploads, short, {1: b"y"}))
-    clock.ahead = TICKET_S + SLACK_S + 61
-    await uploads.sweep()
-    assert {path.name for path in kept(files)} == {long.key}

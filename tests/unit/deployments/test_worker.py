@@ -453,6 +453,15 @@ async def stored(files: FileStore, url: str) -> tuple[str, bytes]:
     return found.content_type, b"".join([chunk async for chunk in found.chunks])
 
 
+async def test_files_are_kept_as_long_as_the_caller_wants(make_worker: Make, files: FileStore) -> None:
+    job = make_job(input=FIELDS, base_url="http://box", keep_s=60)
+    *_, last = await updates(make_worker(), job)
+    assert last.result is not None
+    [image] = last.result.output()["images"]
+    found = await files.open(image["url"].removeprefix("http://box/files/"))
+    assert found is not None and found.left_s is not None and 0 < found.left_s <= 60
+
+
 @pytest.mark.parametrize("flags", [False, True])
 async def test_traces_are_tars_of_checked_pictures(
     outcome_of: Callable[..., Awaitable[Outcome]],
