@@ -8,7 +8,7 @@ import asyncio
 import logging
 import re
 import ssl
-from asyncio import IncompleteReadError, LimitOverrunError, StreamReader, StreamWriter
+from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,7 +16,7 @@ import h11
 
 from deployments.connect.authority import Authority
 from deployments.connect.hosts import PREFIXES, Server, is_fals
-from deployments.connect.relay import dial, end, pipe, relay, until_one_ends
+from deployments.connect.relay import dial, given_back, pipe, relay, until_one_ends
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,10 @@ class Listener:
             listener.close()
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
-        try:
+        async with given_back(writer):
             async with asyncio.timeout(HEAD_S):
                 head = await reader.readuntil(b"\r\n\r\n")
             await self._answer(head, reader, writer)
-        except (OSError, IncompleteReadError, LimitOverrunError, h11.ProtocolError) as error:
-            logger.debug("a connection broke: %r", error)
-        finally:
-            await end(writer)
 
     async def _answer(self, head: bytes, reader: StreamReader, writer: StreamWriter) -> None:
         match = _CONNECT.match(head)

@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import logging
 import ssl
-from asyncio import StreamReader, StreamWriter
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from asyncio import IncompleteReadError, LimitOverrunError, StreamReader, StreamWriter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import h11
 
 from deployments.connect.hosts import Server
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 * 2**10
 MAX_HEAD_BYTES = 64 * 2**10
@@ -65,11 +68,19 @@ async def pipe(reader: StreamReader, writer: StreamWriter) -> None:
         await writer.drain()
 
 
-async def end(writer: StreamWriter) -> None:
-    """Send what is left and close."""
-    writer.close()
-    with suppress(OSError):
-        await writer.wait_closed()
+@asynccontextmanager
+async def given_back(writer: StreamWriter) -> AsyncIterator[None]:
+    """A connection is closed whatever becomes of it: what is left is sent, unless its listener has ended."""
+    try:
+        yield
+    except (OSError, IncompleteReadError, LimitOverrunError, h11.ProtocolError) as error:
+        logger.debug("a connection broke: %r", error)
+    except asyncio.CancelledError:
+        writer.transport.abort()  # raised further, asyncio's streams would report it as a fault
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
 
 
 async def _requests(reader: StreamReader, writer: StreamWriter, rewrite: Rewrite) -> None:

@@ -1,7 +1,6 @@
 """TLS in front of the HTTP port: Serve's HAProxy is configured without it."""
 
 import asyncio
-import logging
 import socket
 import ssl
 import threading
@@ -14,9 +13,7 @@ from pathlib import Path
 import h11
 
 from deployments.connect.hosts import Server
-from deployments.connect.relay import end, relay
-
-logger = logging.getLogger(__name__)
+from deployments.connect.relay import given_back, relay
 
 HANDSHAKE_S = 10.0
 
@@ -50,12 +47,8 @@ def tls_in_front(server: Server, host: str, port: int, certificate: Path, key: P
 
 
 async def _serve(server: Server, reader: StreamReader, writer: StreamWriter) -> None:
-    try:
+    async with given_back(writer):
         await relay(reader, writer, server, None, _told_of_tls)
-    except (OSError, h11.ProtocolError) as error:
-        logger.debug("a connection broke: %r", error)
-    finally:
-        await end(writer)
 
 
 def _told_of_tls(request: h11.Request) -> h11.Request:

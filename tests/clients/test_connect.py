@@ -10,14 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import websockets.sync.server
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from deployments.connect.hosts import PREFIXES
+from deployments.connect.hosts import PREFIXES, server_at
+from deployments.connect.tls import tls_in_front
 from tests.clients.conftest import NODE
 from tests.clients.inputs import ALICE, ENDPOINT, SMALL, drawing, steps
 from tests.support.programs import ROOT, done, environment, under_exec
@@ -220,6 +227,22 @@ def listening(data: Path, *options: str) -> Iterator[int]:
     assert process.returncode == 0
 
 
+def test_it_ends_without_a_word_while_connections_are_open(data: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "deployments.cli", "connect", "--server", NOBODY, "--port", str(port)]
+    with subprocess.Popen(
+        command, env=environment(data), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as caller:
+            caller.sendall(b"CONNECT fal.run:443 HTTP/1.1\r\n\r\n")
+            assert caller.recv(100).startswith(b"HTTP/1.1 200 ")
+            process.send_signal(signal.SIGTERM)
+            told = process.stderr.read()
+    assert (process.returncode, told.strip()) == (0, f"listening on 127.0.0.1:{port} for {NOBODY}")
+
+
 def test_what_it_prints_is_enough(listener: int, data: Path) -> None:
     """A shell that takes over what `darkroom connect` prints; here another one's, for the same folder."""
     command = [sys.executable, "-m", "deployments.cli", "connect", "--server", NOBODY, "--port", "0"]
@@ -289,3 +312,43 @@ time.sleep(60)
 def test_a_key_is_made_up_only_where_there_is_none(given: dict[str, str], key: str, data: Path) -> None:
     ended = done(under_exec(NOBODY, "sh", "-c", "echo $FAL_KEY"), environment(data, **given))
     assert ended.stdout == f"{key}\n"
+
+
+# --- TLS ---
+
+
+def test_python_needs_only_its_environment_over_tls(server: Server, data: Path, tmp_path: Path) -> None:
+    """FAL_RUN_HOST, with a certificate of this machine's."""
+    certificate, key = certified(tmp_path)
+    port = free_port()
+    box = f"127.0.0.1:{port}"
+    code = f"""
+import fal_client, json
+receipt = fal_client.submit({ENDPOINT!r}, {SMALL!r})
+print(json.dumps([receipt.status_url, receipt.get()]))
+"""
+    hosts = {"FAL_RUN_HOST": f"{box}/run", "FAL_QUEUE_RUN_HOST": f"{box}/queue"}
+    variables = environment(data, FAL_KEY=ALICE, SSL_CERT_FILE=str(certificate), **hosts)
+    with tls_in_front(server_at(server.url), "127.0.0.1", port, certificate, key):
+        ended = done([sys.executable, "-c", code], variables)
+    assert ended.returncode == 0, ended.stderr
+    status_url, output = json.loads(ended.stdout)
+    assert status_url.startswith(f"https://{box}/queue/")
+    assert output["images"][0]["url"].startswith(f"https://{box}/files/")
+
+
+def certified(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that certifies itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "box")])
+    now = datetime.now(UTC)
+    addresses = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+        .add_extension(addresses, critical=False)
+        .sign(key, SHA256())
+    )
+    paths = folder / "box.pem", folder / "box-key.pem"
+    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
