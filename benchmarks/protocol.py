@@ -114,7 +114,7 @@ async def fan_out(server: Server) -> tuple[list[float], float, float]:
     async def watch() -> float:
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         writer.write(request(server.url, "GET", parts.path))
-        await reader.readuntil(b'"IN_QUEUE"')
+        await reader.readuntil(b'"status":')  # waiting, or under way by now
         watching.release()
         await reader.readuntil(b'"COMPLETED"')
         told_at = time.perf_counter()
