@@ -6,7 +6,7 @@ import logging
 import ssl
 from asyncio import IncompleteReadError, LimitOverrunError, StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import h11
@@ -79,8 +79,6 @@ async def given_back(writer: StreamWriter) -> AsyncIterator[None]:
         writer.transport.abort()  # raised further, asyncio's streams would report it as a fault
     finally:
         writer.close()
-        with suppress(OSError):
-            await writer.wait_closed()
 
 
 async def _requests(reader: StreamReader, writer: StreamWriter, rewrite: Rewrite) -> None:
