@@ -23,6 +23,7 @@ from benchmarks.measure import Row, arguments, cpu_s, header, percentile, servin
 from benchmarks.queue_throughput import stopped
 from benchmarks.waiting import FIELDS
 from tests.support.jobs import ENDPOINT
+from tests.support.node import NODE, install
 from tests.support.server import Server
 
 CLIENTS, SECONDS, REPEATS = 100, 4.0, 3
@@ -30,7 +31,6 @@ PYTHON_MS, NODE_MS = 100, 500  # how often fal's clients ask unless told otherwi
 WATCHERS = 500
 FILE_BYTES, SENDERS = 64 * 2**20, 4
 MIB = 2**20
-NODE = Path(__file__).parents[1] / "tests" / "clients" / "node"
 
 Rate = Callable[[Server], tuple[float, float]]  # calls a second, CPU seconds that the server used meanwhile
 
@@ -72,8 +72,7 @@ def ways(url: str) -> dict[str, Rate]:
         f"the same requests, every {PYTHON_MS} ms": partial(bare, PYTHON_MS),
     }
     if shutil.which("node") is not None:
-        if not (NODE / "node_modules").exists():
-            subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=NODE, check=True)
+        install()
         node = ["node", "waiting.mjs", url, ENDPOINT]
         found[f"{CLIENTS} of fal's JavaScript clients, every {NODE_MS} ms"] = partial(waiting, node, NODE_MS)
     found[f"the same requests, every {NODE_MS} ms"] = partial(bare, NODE_MS)

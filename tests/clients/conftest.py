@@ -24,6 +24,7 @@ from tests.clients.inputs import (
     encoded,
     shapes,
 )
+from tests.support.node import install
 from tests.support.receivers import Receiver, receiving
 from tests.support.server import Server, start, write_config
 from tests.support.sites import serving
@@ -33,7 +34,6 @@ MODELS = ("flux", "sdxl-canny", "sd")  # the applications of serve_config.yaml t
 MAX_BODY_BYTES = 1_000_000
 MAX_UPLOAD_BYTES = 100_000_000
 BODY_GRACE_S = 5
-NODE = Path(__file__).parent / "node"
 WAYS = [
     "proxyUrl",  # @fal-ai/client: proxyUrl, for every request
     "middleware",  # @fal-ai/client: a requestMiddleware to the proxy
@@ -127,9 +127,7 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture(scope="session")
 def node_packages() -> Path:
     """The folder with the JavaScript clients, installed as the lock file says."""
-    if not (NODE / "node_modules").exists():
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=NODE, check=True, timeout=120)
-    return NODE
+    return install()
 
 
 @pytest.fixture(scope="module", params=WAYS)

@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from deployments.connect.hosts import PREFIXES, server_at
 from deployments.connect.tls import tls_in_front
-from tests.clients.conftest import NODE
 from tests.clients.inputs import ALICE, ENDPOINT, SMALL, drawing, steps
+from tests.support.node import NODE
 from tests.support.programs import ROOT, done, environment, under_exec
 from tests.support.server import Server, free_port
 
