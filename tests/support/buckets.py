@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,16 +24,22 @@ def s3_at_work() -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = process.stderr
     try:
-        assert process.stderr is not None
         told = ""
         while "Running on" not in told:
-            told = process.stderr.readline()
+            told = lines.readline()
             assert told, "moto's server did not start"
+        rest = threading.Thread(target=lines.read)  # a pipe that nobody reads would stop it
+        rest.start()
         yield f"http://127.0.0.1:{port}"
+        process.kill()
+        rest.join()
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        lines.close()
 
 
 def files_url(s3: str, bucket: str, options: str = "") -> str:
