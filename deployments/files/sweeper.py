@@ -11,7 +11,7 @@ import re
 
 import obstore
 
-from deployments.files.store import FileStore
+from deployments.files.store import FileStore, sent_name
 from deployments.files.uploads import SLACK_S, TICKET_S
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,11 @@ class Sweeper:
                 mark = _MARK.fullmatch(each["path"])
                 if mark is None or int(mark[1]) > now:
                     continue
-                count += await self._remove(mark[2])
-                if int(mark[1]) + TICKET_S <= now:
-                    await self._remove(f"details/{mark[2]}")
+                key = mark[2]
+                if await self._files.is_there(key):
+                    count += await self._remove(key)
+                if sent_name(key) is None or int(mark[1]) + TICKET_S <= now:
+                    await self._remove(f"details/{key}")
                     await self._remove(each["path"])
         return count
 

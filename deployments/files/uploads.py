@@ -151,7 +151,8 @@ class Uploads:
 
     @cached_property
     def _signer(self) -> Signer:
-        return Signer(self._place.secret())
+        with told():
+            return Signer(self._place.secret())
 
     async def _sizes(self, key: str) -> dict[int, int]:
         """How large each part is that has arrived; of several tries, the largest."""
