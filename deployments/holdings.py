@@ -13,8 +13,8 @@ MOST = 500  # weights that are told of: those used last
 class Keeper(Protocol):
     """Whoever has weights in memory."""
 
-    def on_device(self, path: Path) -> bool: ...
-    def in_ram(self, path: Path) -> bool: ...
+    def on_device(self) -> set[str]: ...
+    def in_ram(self) -> set[str]: ...
 
 
 class Holdings:
@@ -33,18 +33,18 @@ class Holdings:
 
     def told(self) -> dict[str, Holding]:
         """By the assets' digests, what is still here."""
-        return {
-            digest: Holding(tier, nbytes)
-            for digest, (path, nbytes) in self._found.items()
-            if (tier := self._tier(path))
-        }
+        memory = {Tier.DEVICE: self._keeper.on_device(), Tier.RAM: self._keeper.in_ram()}
 
-    def _tier(self, path: Path) -> Tier | None:
-        if self._keeper.on_device(path):
-            return Tier.DEVICE
-        if self._keeper.in_ram(path):
-            return Tier.RAM
-        return Tier.DISK if path.exists() else None
+        def tier(path: Path) -> Tier | None:
+            words = {str(path), path.name}
+            held = next((tier for tier, names in memory.items() if words & names), None)
+            return held or (Tier.DISK if path.exists() else None)
+
+        return {
+            digest: Holding(where, nbytes)
+            for digest, (path, nbytes) in self._found.items()
+            if (where := tier(path))
+        }
 
 
 def _nbytes(path: Path) -> int:

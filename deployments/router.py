@@ -5,7 +5,6 @@ It lives in the process of whoever calls the model. A call says what it needs in
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -46,7 +45,8 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped her
             sent.popitem(last=False)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._running[replica_id.unique_id] -= 1
+        if self._running[replica_id.unique_id]:  # it may have gone before its last answer
+            self._running[replica_id.unique_id] -= 1
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -64,10 +64,10 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped her
             max(known, self._running[name]),
             told.get("slots", 1),
             told.get("seconds", 1.0),
-            self._expected(name, holds) | holds,
+            self._expected(name) | holds,
         )
 
-    def _expected(self, name: str, holds: Mapping[str, Holding]) -> dict[str, Holding]:
+    def _expected(self, name: str) -> dict[str, Holding]:
         """What the replica was sent a short while ago, and will soon say that it has."""
         since = time.monotonic() - MEMORY_S
         sent = self._sent.get(name) or OrderedDict()

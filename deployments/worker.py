@@ -30,10 +30,10 @@ from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
 from deployments.files.weights import Weights
 from deployments.holdings import Holdings
+from deployments.progress import Progress
 from pipelines import images, registry, zoo
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
 from pipelines.engine.engine import Engine
-from pipelines.engine.sample import Sample
 from pipelines.safety import SafetyChecker
 from schemas.assets import Asset, AssetKind, assets, weights
 from schemas.errors import (
@@ -166,6 +166,7 @@ class Worker:
             except (AssetError, OSError) as error:
                 logger.info("a file of request %s was not fetched ahead: %s", job.request_id, error)
             else:
+                self._holdings.note(asset, lease.path)
                 lease.release()
 
     async def _perform(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
@@ -277,7 +278,7 @@ class Worker:
     ) -> None:
         """Put the samples through the engine, telling of each step."""
         ahead = [sample for sample in generation.samples if not sample.is_done]
-        progress = _Progress(ahead, asyncio.get_running_loop())
+        progress = Progress(ahead, asyncio.get_running_loop())
         for sample in ahead:
             self._engine.add(sample, progress)
         previewed_at = 0.0
@@ -414,42 +415,6 @@ class _Outbox:
         if not self.ended.is_set():
             self.filled.clear()
         return events
-
-
-class _Progress:
-    """Listens to the samples of one job on the engine's thread, speaks on the event loop."""
-
-    def __init__(self, samples: Sequence[Sample], loop: asyncio.AbstractEventLoop) -> None:
-        self.total = max((sample.plan.steps for sample in samples), default=0)
-        self._samples = samples
-        self._loop = loop
-        self._running = len(samples)
-        self._error: BaseException | None = None
-        self._changed = asyncio.Event()
-
-    def stepped(self, sample: Sample) -> None:
-        self._loop.call_soon_threadsafe(self._changed.set)
-
-    def ended(self, sample: Sample, error: BaseException | None) -> None:
-        self._loop.call_soon_threadsafe(self._count, error)
-
-    def _count(self, error: BaseException | None) -> None:
-        self._running -= 1
-        self._error = self._error or error
-        self._changed.set()
-
-    async def steps(self) -> AsyncGenerator[int]:
-        """Each step that all samples have done, 1 … total. Raises what a sample failed with."""
-        told = 0
-        while self._error is None and (self._running or told < self.total):
-            await self._changed.wait()
-            self._changed.clear()
-            done = self.total - max(sample.plan.steps - sample.step for sample in self._samples)
-            for step in range(told + 1, done + 1):
-                yield step
-            told = max(told, done)
-        if self._error is not None:
-            raise self._error
 
 
 class _Stopwatch:

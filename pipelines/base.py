@@ -45,13 +45,13 @@ class Model(ABC):
         The samples share a key. Answers have the shape of the sample's latents, in float32.
         """
 
-    def on_device(self, path: Path) -> bool:
-        """Whether weights that `Assets.weights` named are loaded, ready for a request."""
-        return False
+    def on_device(self) -> set[str]:
+        """Which of `Assets.weights` are loaded, ready for a request: their paths, or the ends of those."""
+        return set()
 
-    def in_ram(self, path: Path) -> bool:
-        """Whether they are kept in RAM, already read."""
-        return False
+    def in_ram(self) -> set[str]:
+        """The same of those that are kept in RAM, already read."""
+        return set()
 
 
 @dataclass(frozen=True, slots=True)

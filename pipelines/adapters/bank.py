@@ -182,9 +182,11 @@ class LoraBank:
         finally:
             self.active = None
 
-    def __contains__(self, name: str) -> bool:
-        """Whether an adapter is here."""
-        return name in self._residents
+    @property
+    def names(self) -> list[str]:
+        """The adapters that are here."""
+        with self._changed:
+            return list(self._residents)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when places overlap or pins are off."""

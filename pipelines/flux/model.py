@@ -78,11 +78,11 @@ class FluxModel(Model):
         depth = DepthEstimator.load(locate(settings.depth), settings.device) if settings.depth else None
         return cls(components, settings, redux, depth)
 
-    def on_device(self, path: Path) -> bool:
-        return path.name in self._bank or any(path.name in name.split() for name in self.adapters.names)
+    def on_device(self) -> set[str]:
+        return {name.partition(" ")[0] for name in [*self._bank.names, *self.adapters.names]}
 
-    def in_ram(self, path: Path) -> bool:
-        return path.name in self._loras.names or path.name in self._easycontrols.names
+    def in_ram(self) -> set[str]:
+        return {*self._loras.names, *self._easycontrols.names}
 
     @torch.inference_mode()
     def encode_prompt(

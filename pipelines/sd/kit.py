@@ -115,14 +115,14 @@ class _Gathering:
                 field = "config_url" if error.kind == INVALID_CONFIG else "path"
                 raise error.at((*loc, field)) from None
 
-        name = f"controlnet {self.base.name} {path} {sha256(text).hexdigest()}"
+        name = f"{path} controlnet {self.base.name} {sha256(text).hexdigest()}"
         return name, self._wanted(path, (*loc, "path"), load)
 
     def _ip_adapter(self, index: int) -> "_Named":
         loc: Location = ("body", "ip_adapter", index, "path")
         path = self.assets.weights[loc]
         load = partial(self.base.load_ip_adapter, path)
-        return f"ip_adapter {self.base.name} {path}", self._wanted(path, loc, load)
+        return f"{path} ip_adapter {self.base.name}", self._wanted(path, loc, load)
 
     def _encoder(self) -> "_Named | None":
         loc: Location = ("body", "image_encoder_path")
@@ -130,7 +130,7 @@ class _Gathering:
         if path is None or not self.request.ip_adapter:
             return None
         load = partial(self.model.load_image_encoder, path)
-        return f"image_encoder {path}", self._wanted(path, loc, load)
+        return f"{path} image_encoder", self._wanted(path, loc, load)
 
     def _ic_light(self) -> "_Named | None":
         """The base with IC-Light's offsets."""
@@ -138,7 +138,7 @@ class _Gathering:
         path = self.assets.weights.get(loc)
         if path is None:
             return None
-        name = f"{self.base.name} {path}"
+        name = f"{path} {self.base.name}"
 
         def load() -> Base:
             return self.base.lit_anew(name, self.base.read_ic_light(path))

@@ -79,17 +79,16 @@ class SdModel(Model):
         wanted = {name: self._wanted(name, source, variant, unet)}
         return held.enter_context(self._bases.holding(wanted))[name]
 
-    def on_device(self, path: Path) -> bool:
-        source = str(self._located(path))
+    def on_device(self) -> set[str]:
         names = [self.base.name, *self._bases.names, *self.adapters.names]
-        return any(source in name.split() for name in names)
+        return {self._settings.model, *(name.partition(" ")[0] for name in names)}
 
-    def in_ram(self, path: Path) -> bool:
-        return any(path.name in name.split() for name in self._loras.names)
+    def in_ram(self) -> set[str]:
+        return {name.partition(" ")[0] for name in self._loras.names}
 
     def read_lora(self, base: Base, path: Path) -> Lora:
         """A LoRA file, kept in RAM by its content's name. Raises AssetError that names the keys."""
-        return self._loras.get(f"{base.name} {path.name}", lambda: base.read_lora(path))
+        return self._loras.get(f"{path.name} {base.name}", lambda: base.read_lora(path))
 
     def load_image_encoder(self, path: Path) -> image_encoder.ImageEncoder:
         """A folder with a config, or a file. Raises AssetError."""

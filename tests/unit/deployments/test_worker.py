@@ -18,6 +18,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from safetensors.torch import save, save_file
 
+from deployments.affinity import Tier
 from deployments.files.store import FileStore, open_files
 from deployments.worker import Worker
 from pipelines import zoo
@@ -770,6 +771,17 @@ async def test_a_model_of_the_hub_is_loaded_once_for_all_who_name_it(
             *_, last = await updates(worker, job)
             assert last.result is not None and last.result.status == 200
     assert len(loaded) == 2 and set(hub.asked.values()) == {1}  # the model of the start, and this one
+    assert tiers(worker, job) == [Tier.DEVICE]
+    start = make_job(endpoint_id=ANYTHING, input=job.input | {"model_name": str(zoo.locate("sdxl"))})
+    await updates(worker, start)
+    assert tiers(worker, start) == [Tier.DEVICE]
+
+
+def tiers(worker: Worker, job: Job) -> list[Tier | None]:
+    """Where a worker holds what the router is told that a job needs."""
+    request = endpoint(job.endpoint_id).input_type().model_validate(job.input)
+    held = worker.holdings()
+    return [each.tier if (each := held.get(asset.digest)) else None for asset in weights(request)]
 
 
 # -- weights fetched ahead
@@ -836,6 +848,18 @@ async def test_the_weights_of_the_next_job_come_while_one_runs_and_only_once(
     assert told[-1].result is not None and told[-1].result.status == 200
     assert hub.asked == {STYLE: 1}
     assert not [line for line in lines(told) if line.startswith("downloading")]
+
+
+async def test_a_worker_tells_where_it_holds_what_a_job_needs(make_eager: Make, hub: Hub) -> None:
+    worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
+    assert tiers(worker, job) == [None]
+    worker.prefetch(job)
+    await became(lambda: not worker._prefetches)
+    assert tiers(worker, job) == [Tier.DISK]
+    before = worker.seconds
+    await updates(worker, job)
+    assert tiers(worker, job) == [Tier.DEVICE]
+    assert 0 < worker.seconds < before
 
 
 async def test_a_job_joins_the_download_that_was_begun_for_it_and_tells_of_it(
