@@ -14,9 +14,10 @@ from pipelines import images
 from pipelines.sd import loading
 from pipelines.sd.base import plan_of
 from pipelines.sd.grid import Grid
+from pipelines.sd.model import SdModel
 from pipelines.sd.parts import Kind
 from schemas.errors import InputError
-from schemas.settings import BaseSettings, Limits
+from schemas.settings import BaseSettings, Limits, ModelSettings
 from tests.support import sd_files
 from tests.support.assets import given
 from tests.support.fields import shows
@@ -378,3 +379,9 @@ def test_requests_for_the_settings_model_run_on_it_whatever_came_between(tmp_pat
         studio.run(model_name=name)
     with studio.base("sd15") as base:
         assert base is studio.model.base
+
+
+def test_the_settings_own_model_is_known_by_its_word_there_and_by_its_place(studio: Studio) -> None:
+    folder = studio.folders["sd15"]
+    model = SdModel.load(ModelSettings(model="of the house", endpoints=("any",)), lambda word: folder)
+    assert {"of the house", str(folder)} <= model.on_device()
