@@ -127,8 +127,9 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture(scope="session")
 def node_packages() -> Path:
     """The folder with the JavaScript clients, installed as the lock file says."""
-    if not (NODE / "node_modules").exists():
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=NODE, check=True, timeout=120)
+    wanted, installed = NODE / "package-lock.json", NODE / "node_modules" / ".package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=NODE, check=True, timeout=300)
     return NODE
 
 
