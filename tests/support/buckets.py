@@ -1,7 +1,9 @@
 """A server that speaks S3, in a process of its own."""
 
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,17 +24,21 @@ def s3_at_work() -> Iterator[str]:
     """Its address."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # it logs each request: a pipe that nobody reads would fill, and stop it
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        assert process.stderr is not None
-        told = ""
-        while "Running on" not in told:
-            told = process.stderr.readline()
-            assert told, "moto's server did not start"
+        while not _listens(port):
+            assert process.poll() is None, "moto's server did not start"
+            time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def files_url(s3: str, bucket: str, options: str = "") -> str:
