@@ -3,6 +3,8 @@
 import { createFalClient } from "@fal-ai/client";
 import * as serverless from "@fal-ai/serverless-client";
 
+export { failure } from "./failure.mjs";
+
 const PREFIXES = {
   "fal.run": "/run",
   "queue.fal.run": "/queue",
@@ -33,21 +35,4 @@ export function connect(way, server, credentials) {
     },
   };
   return ways[way]();
-}
-
-/** What a promise was rejected with, in JSON; `field` is one to ask the error for. */
-export async function failure(promise, field = "num_inference_steps") {
-  try {
-    return { resolved: await promise };
-  } catch (error) {
-    return {
-      name: error.name,
-      message: error.message,
-      status: error.status,
-      body: error.body,
-      requestId: error.requestId,
-      timeoutType: error.timeoutType,
-      fieldErrors: error.getFieldErrors?.(field),
-    };
-  }
 }
