@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPResponse
@@ -277,13 +277,24 @@ def of_upload(server: Server, url: httpx.URL) -> list[Path]:
     return [path for path in (server.log.parent / "files").rglob(f"*{key}*/**/*") if path.is_file()]
 
 
+def begins(server: Server, url: httpx.URL) -> bool:
+    """Whether a body that is being sent has begun to be kept."""
+    return within(10, lambda: bool(of_upload(server, url)))
+
+
 def gone(server: Server, url: httpx.URL) -> bool:
     """Whether nothing is kept of an upload; a broken connection takes a moment to be noticed."""
-    deadline = time.monotonic() + 10
-    while of_upload(server, url) and time.monotonic() < deadline:
+    is_kept_nowhere = within(10, lambda: not of_upload(server, url))
+    return is_kept_nowhere and httpx.get(url.copy_with(query=None)).status_code == 404
+
+
+def within(limit_s: float, is_so: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + limit_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.05)
-    is_unread = httpx.get(url.copy_with(query=None)).status_code == 404
-    return is_unread and not of_upload(server, url)
+    return True
 
 
 @pytest.mark.parametrize("is_part", [False, True])
@@ -291,12 +302,14 @@ def test_a_body_that_breaks_off_leaves_nothing(begun: httpx.URL, server: Server,
     path = httpx.URL(part(str(begun), 1)).raw_path.decode() if is_part else None
     with sending(begun, "content-length: 2000000", path) as sender:
         sender.sendall(b"x" * 1_000_000)
+        assert begins(server, begun)
     assert gone(server, begun)
 
 
 def test_a_body_that_breaks_off_between_chunks_leaves_nothing(begun: httpx.URL, server: Server) -> None:
     with sending(begun, "transfer-encoding: chunked") as sender:
         sender.sendall(b"f4240\r\n" + b"x" * 1_000_000 + b"\r\n")
+        assert begins(server, begun)
     assert gone(server, begun)
 
 
