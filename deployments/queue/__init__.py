@@ -4,16 +4,17 @@ from pathlib import Path
 
 from deployments.queue.outbox import Outbox
 from deployments.queue.queue import Queue
-from schemas.settings import LeaseSettings, local_path
+from deployments.queue.transitions import Setback
+from schemas.settings import KEEP_RESULTS_S, LeaseSettings, local_path
 
-__all__ = ["Outbox", "Queue", "open_outbox", "open_queue"]
+__all__ = ["Outbox", "Queue", "Setback", "open_outbox", "open_queue"]
 
 
-def open_queue(url: str, lease: LeaseSettings) -> Queue:
+def open_queue(url: str, lease: LeaseSettings, keep_results_s: float = KEEP_RESULTS_S) -> Queue:
     """Open the queue at `sqlite:///PATH`; the file is made when absent. Needs a running event loop."""
     from deployments.queue.sqlite import SqliteDatabase
 
-    return Queue(SqliteDatabase(_path(url)), lease)
+    return Queue(SqliteDatabase(_path(url)), lease, keep_results_s)
 
 
 def open_outbox(url: str, lease_s: float) -> Outbox:

@@ -19,6 +19,6 @@ def clock() -> Clock:
 @pytest.fixture(params=["sqlite"])
 async def queue(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Queue]:
     """The queue on every store there is."""
-    queue = Queue(SqliteDatabase(tmp_path / "queue.sqlite3"), LEASE, clock)
+    queue = Queue(SqliteDatabase(tmp_path / "queue.sqlite3"), LEASE, clock=clock)
     yield queue
     await queue.close()

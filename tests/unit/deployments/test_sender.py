@@ -42,7 +42,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def queue(tmp_path: Path, clock: Clock) -> AsyncIterator[Queue]:
-    queue = Queue(SqliteDatabase(tmp_path / "queue.sqlite3"), LeaseSettings(), clock)
+    queue = Queue(SqliteDatabase(tmp_path / "queue.sqlite3"), LeaseSettings(), clock=clock)
     yield queue
     await queue.close()
 
