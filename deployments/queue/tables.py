@@ -22,10 +22,12 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+Serial = BigInteger().with_variant(Integer, "sqlite")  # where INTEGER is as wide, and numbers by itself
+
 requests = Table(
     "requests",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),  # the order of acceptance
+    Column("seq", Serial, primary_key=True, autoincrement=True),  # the order of acceptance
     Column("request_id", String(36), nullable=False),
     Column("endpoint_id", String(200), nullable=False),
     Column("model", String(100), nullable=False),
@@ -72,7 +74,7 @@ requests = Table(
 events = Table(
     "events",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
     Column("request_id", String(36), nullable=False),
     Column("kind", String(10), nullable=False),
     Column("at", Float, nullable=False),
@@ -97,7 +99,7 @@ once = Table(
 deliveries = Table(
     "deliveries",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
     Column("request_id", String(36), nullable=False),
     Column("url", Text, nullable=False),
     Column("host", String(255), nullable=False, server_default=""),  # whose tries at once are bounded
@@ -119,8 +121,8 @@ deliveries = Table(
 tries = Table(
     "tries",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
-    Column("delivery", Integer, nullable=False),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("delivery", Serial, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("began_at", Float, nullable=False),
     Column("status", Integer),
