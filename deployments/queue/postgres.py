@@ -57,10 +57,7 @@ class PostgresDatabase(Database):
     """One writer thread that commits in groups, a few reader threads, a listener for others' commits."""
 
     def __init__(self, url: str) -> None:
-        try:
-            migrate(url)
-        except (OperationalError, InterfaceError) as error:
-            raise _down(error) from error
+        migrate(url)
         self._engine = _open(url, pool_size=1)
         self._views = _open(url, read_only=True, pool_size=READERS)
         self._bell = Listener(_parameters(url))
@@ -126,11 +123,16 @@ class PostgresDatabase(Database):
 
 
 def migrate(url: str, to: str = "head") -> migrations.Move:
-    """Bring the schema to a revision, in one transaction that other processes' openings wait for."""
+    """Bring the schema to a revision, in one transaction that other processes' openings wait for.
+
+    Raises StoreDown, and what `migrations.move` raises.
+    """
     engine = create_engine(_with_driver(url), connect_args=_defaults(url), poolclass=NullPool)
-    with engine.begin() as connection:
+    with _connected(engine) as connection:
         connection.execute(LOCK_MIGRATION)
-        return migrations.move(connection, to)
+        moved = migrations.move(connection, to)
+        _commit(connection)
+    return moved
 
 
 def _connected(engine: Engine) -> Connection:
