@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from deployments import server
+from deployments import queue, server
 from deployments.connect import child
 from deployments.connect.authority import Authority, user_folder
 from deployments.connect.environment import variables
@@ -34,6 +34,7 @@ from deployments.queue import Outbox, open_outbox
 from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
 from schemas.deliveries import DeliveryState
+from schemas.errors import StoreDown
 from schemas.settings import FrontSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help="Self-hosted fal.ai image endpoints.")
@@ -257,6 +258,20 @@ def rotate(config: Config = CONFIG) -> None:
     console.print(f"the new key signs from {_time(signs_from)} on", highlight=False)
 
 
+@app.command()
+def migrate(
+    to: Annotated[
+        str, typer.Option(help="a revision; head is this version's own, base drops every table and row")
+    ] = "head",
+    queue_url: Annotated[str | None, typer.Option(help="instead of the configuration's")] = None,
+    config: Config = CONFIG,
+) -> None:
+    """Bring the queue's tables to a revision, up or down. The server itself brings them up when it starts."""
+    with _explained():
+        before, now = queue.migrate(queue_url or _front(config).queue_url, to)
+    console.print(f"from {before or 'no tables'} to {now or 'no tables'}", highlight=False)
+
+
 def _with_outbox(config: Path, work: Callable[[Outbox], Awaitable[T]]) -> T:
     """What `work` finds in the queue's own webhooks, whether the server runs or not."""
 
@@ -354,7 +369,15 @@ def _explained() -> Iterator[None]:
     """Say what is wrong in a line, without a traceback."""
     try:
         yield
-    except (Refused, RuntimeError, ValueError, OSError, httpx.TransportError, httpx.InvalidURL) as error:
+    except (
+        Refused,
+        StoreDown,
+        RuntimeError,
+        ValueError,
+        OSError,
+        httpx.TransportError,
+        httpx.InvalidURL,
+    ) as error:
         errors.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None
 

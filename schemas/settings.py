@@ -110,7 +110,8 @@ class FrontSettings(Settings):
 
     queue_url: str = Field(
         "sqlite:///~/.local/share/darkroom/queue.sqlite3",
-        description="the durable queue; SQLite lies on a local disk of one node",
+        description="the durable queue: SQLite, on a local disk of one node, or PostgreSQL, as "
+        "postgresql://USER@HOST/DATABASE; its password may come from PGPASSWORD or PGPASSFILE",
     )
     files_url: str = Field("file://~/.local/share/darkroom/files", description="where pictures are kept")
     public_url: str | None = Field(

@@ -29,10 +29,12 @@ from schemas.jobs import State
 
 metadata = MetaData()
 
+Serial = BigInteger().with_variant(Integer, "sqlite")  # where INTEGER is as wide, and numbers by itself
+
 requests = Table(
     "requests",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),  # the order of acceptance
+    Column("seq", Serial, primary_key=True, autoincrement=True),  # the order of acceptance
     Column("request_id", String(36), nullable=False),
     Column("endpoint_id", String(200), nullable=False),
     Column("model", String(100), nullable=False),
@@ -109,7 +111,7 @@ Index("requests_of_tenant", requests.c.tenant, requests.c.seq)
 events = Table(
     "events",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
     Column("request_id", String(36), nullable=False),
     Column("kind", String(10), nullable=False),
     Column("at", Float, nullable=False),
@@ -134,7 +136,7 @@ once = Table(
 deliveries = Table(
     "deliveries",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
     Column("request_id", String(36), nullable=False),
     Column("url", Text, nullable=False),
     Column("host", String(255), nullable=False, server_default=""),  # whose tries at once are bounded
@@ -156,8 +158,8 @@ deliveries = Table(
 tries = Table(
     "tries",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
-    Column("delivery", Integer, nullable=False),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("delivery", Serial, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("began_at", Float, nullable=False),
     Column("status", Integer),
