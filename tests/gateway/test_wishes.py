@@ -1,5 +1,8 @@
 """What a caller asks beside its input, in headers."""
 
+import json
+from typing import Any
+
 import httpx
 import pytest
 
@@ -31,6 +34,16 @@ async def test_wishes_go_with_the_request(place: Place, alice: httpx.AsyncClient
         ("x-fal-store-io", "2"),
         ("x-fal-tags", ",".join(map(str, range(21)))),
         ("x-fal-tags", "x" * 101),
+        ("x-fal-retry-config", ""),
+        ("x-fal-retry-config", "{"),
+        ("x-fal-retry-config", "[]"),
+        ("x-fal-retry-config", '{"server_error": 3}'),  # fal's own short form that is none
+        ("x-fal-retry-config", '{"server_error": {}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": -1}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": 10}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": "3"}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": 3, "after": 1}}'),
+        ("x-fal-retry-config", '{"weather": {"retries": 3}}'),
     ],
 )
 async def test_a_malformed_wish_is_named(name: str, text: str, alice: httpx.AsyncClient) -> None:
@@ -39,7 +52,33 @@ async def test_a_malformed_wish_is_named(name: str, text: str, alice: httpx.Asyn
     assert name in answer.json()["detail"]
 
 
-@pytest.mark.parametrize("name", ["x-fal-runner-hint", "x-fal-retry-config", "x-app-fal-disable-fallback"])
+@pytest.mark.parametrize(
+    ("budgets", "retries"),
+    [
+        ({}, True),
+        ({"server_error": {"retries": 3}, "connection_error": {"retries": 1}}, True),
+        ({"server_error": {"retries": 0}}, False),
+        ({"server_error": {"retries": 3}, "connection_error": {"retries": 0}}, False),
+        ({"timeout": {"retries": 0}}, True),  # a request that ran for too long never runs again
+    ],
+)
+async def test_a_budget_of_no_retries_is_kept(
+    budgets: Any, retries: bool, place: Place, alice: httpx.AsyncClient
+) -> None:
+    headers = {"X-Fal-Retry-Config": json.dumps(budgets)}
+    receipt = (await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers=headers)).json()
+    record = await place.queue.get(receipt["request_id"], "alice")
+    assert record is not None and record.job.retries is retries
+
+
+async def test_no_retry_outranks_a_budget(place: Place, alice: httpx.AsyncClient) -> None:
+    headers = {"X-Fal-No-Retry": "1", "X-Fal-Retry-Config": '{"server_error": {"retries": 3}}'}
+    receipt = (await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers=headers)).json()
+    record = await place.queue.get(receipt["request_id"], "alice")
+    assert record is not None and not record.job.retries
+
+
+@pytest.mark.parametrize("name", ["x-fal-runner-hint", "x-app-fal-disable-fallback"])
 async def test_what_has_no_meaning_here_is_taken(name: str, alice: httpx.AsyncClient) -> None:
     answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers={name: "{}"})
     assert answer.status_code == 200
