@@ -578,7 +578,10 @@ def test_every_answer_has_a_request_id_that_browsers_may_read(
         "x-fal-error-type",
         "x-fal-retryable",
         "x-fal-billable-units",
+        "x-fal-needs-retry",
         "etag",
+        "content-range",
+        "content-disposition",
     }
 
 
@@ -618,6 +621,13 @@ def test_a_preflight_needs_no_key(path: str, method: str, stranger: httpx.Client
     assert allowed >= set(asked)
     methods = {name.strip() for name in answer.headers["access-control-allow-methods"].split(",")}
     assert methods >= {"GET", "POST", "PUT", "DELETE", "OPTIONS"}
+    assert "access-control-allow-private-network" not in answer.headers
+
+
+def test_a_page_of_the_internet_may_use_a_server_in_the_browser_s_own_network(stranger: httpx.Client) -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-private-network": "true"}
+    answer = stranger.options(f"/run/{ENDPOINT}", headers={"origin": "https://app.example"} | asked)
+    assert answer.headers["access-control-allow-private-network"] == "true"
 
 
 @pytest.mark.parametrize("name", ["x-fal-request-start-timeout", "x-fal-request-timeout"])
