@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from schemas.settings import ModelEntry
 from tests.support.gateway import Place
 from tests.support.jobs import ENDPOINT
 
@@ -82,3 +83,23 @@ async def test_no_retry_outranks_a_budget(place: Place, alice: httpx.AsyncClient
 async def test_what_has_no_meaning_here_is_taken(name: str, alice: httpx.AsyncClient) -> None:
     answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers={name: "{}"})
     assert answer.status_code == 200
+
+
+async def test_who_wants_no_long_queue_is_refused_one(place: Place, alice: httpx.AsyncClient) -> None:
+    place.model.open.clear()
+    for _ in range(ModelEntry.model_fields["window"].default):
+        await alice.post(f"/queue/{ENDPOINT}", json=CAT)
+        await place.model.began.acquire()
+    for _ in range(2):  # which wait
+        await alice.post(f"/queue/{ENDPOINT}", json=CAT)
+    refused = await alice.post(f"/queue/{ENDPOINT}", json=CAT, params={"fal_max_queue_length": 1})
+    assert (refused.status_code, refused.json()["error_type"]) == (429, "queue_full")
+    taken = await alice.post(f"/queue/{ENDPOINT}", json=CAT, params={"fal_max_queue_length": 2})
+    assert (taken.status_code, taken.json()["queue_position"]) == (200, 2)
+
+
+@pytest.mark.parametrize("length", ["", "-1", "1.5", "x", "9999999999", "٣"])
+async def test_a_malformed_length_is_refused(length: str, alice: httpx.AsyncClient) -> None:
+    answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, params={"fal_max_queue_length": length})
+    assert answer.status_code == 400
+    assert "fal_max_queue_length" in answer.json()["detail"]
