@@ -20,9 +20,14 @@ from schemas.settings import Catalogue, FrontSettings, ModelSettings, Settings
 READY_TIMEOUT_S = 600.0
 POLL_S = 0.2
 
+HEAD_S = 30  # how long a connection may take to send a request's headers
+
 # Set before Ray is imported, unless the operator has said otherwise.
 DEFAULT_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # several times less time per request than the Python proxy
+    # Serve writes no limit for headers into HAProxy's file and has no option for one: without it, whoever
+    # drips them holds one of 4096 connections for good. The value below is copied there as it is.
+    "RAY_SERVE_HAPROXY_RETRY_ON": f"conn-failure\n    timeout http-request {HEAD_S}s",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a foreground server has no balancer to warn
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # Our replicas never block their loop, so calls between them need neither threads of their own nor
@@ -31,7 +36,7 @@ DEFAULT_ENVIRONMENT = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.gateway.backpressure:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.gateway.edge:middlewares",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

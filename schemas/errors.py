@@ -100,7 +100,8 @@ class InputError(RequestError):
         return type(self), (self.fields,)
 
     def body(self) -> dict[str, Any]:
-        return {"detail": [each.body() for each in self.fields], "message": self.message}
+        detail = [each.body() for each in self.fields]
+        return {"detail": detail, "error_type": self.error_type, "message": self.message}
 
 
 class AssetError(RequestError):

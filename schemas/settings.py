@@ -140,6 +140,9 @@ class FrontSettings(Settings):
     )
     body_grace_s: float = Field(30, gt=0, description="how long the server waits for a body to come")
     body_bytes_per_s: float = Field(1024, gt=0, description="and a second more for so many bytes that came")
+    realtime_idle_s: float | None = Field(
+        3600, gt=0, description="a realtime connection without a message for so long is closed; null: never"
+    )
     sweep_s: float = Field(
         600, gt=0, description="how often files whose time is over and uploads that were given up are removed"
     )

@@ -112,7 +112,7 @@ async def _write(writer: StreamWriter, data: bytes | None) -> None:
 
 
 def _bad_gateway(detail: str) -> bytes:
-    body = json.dumps({"detail": detail, "error_type": "bad_gateway"}).encode()
+    body = json.dumps({"detail": detail, "error_type": "bad_gateway", "message": detail}).encode()
     head = (
         f"HTTP/1.1 502 Bad Gateway\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         "connection: close\r\n\r\n"

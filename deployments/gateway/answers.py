@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from deployments.gateway.addresses import application
-from schemas.errors import DarkroomError, StartTimeout, TooManyRuns
+from schemas.errors import BadRequest, DarkroomError, NotFound, StartTimeout, TooManyRuns
 from schemas.jobs import CancelOutcome, Event, Job, JobResult, Logged, Receipt, Record, State
 
 REQUEST_ID = "x-fal-request-id"
@@ -25,9 +25,16 @@ _CANCEL: Mapping[CancelOutcome, tuple[int, dict[str, str]]] = {
     CancelOutcome.REQUESTED: (202, {"status": "CANCELLATION_REQUESTED"}),
     CancelOutcome.ALREADY_COMPLETED: (
         400,
-        {"status": "ALREADY_COMPLETED", "detail": "Request is already completed"},
+        {
+            "status": "ALREADY_COMPLETED",
+            "detail": "Request is already completed",
+            "error_type": BadRequest.error_type,
+        },
     ),
-    CancelOutcome.NOT_FOUND: (404, {"status": "NOT_FOUND", "detail": "Request not found"}),
+    CancelOutcome.NOT_FOUND: (
+        404,
+        {"status": "NOT_FOUND", "detail": "Request not found", "error_type": NotFound.error_type},
+    ),
 }
 
 
@@ -60,6 +67,11 @@ def _answer(
     retryable: bool,
     headers: Mapping[str, str] | None,
 ) -> Json:
+    return Json(body, status, {**failure_headers(status, error_type, retryable), **(headers or {})})
+
+
+def failure_headers(status: int, error_type: str, retryable: bool) -> dict[str, str]:
+    """What an error says beside its body."""
     told = {"x-fal-error-type": error_type, "x-fal-retryable": str(retryable).lower()}
     if (status, error_type, retryable) == (StartTimeout.status, StartTimeout.error_type, False):
         told["x-fal-request-timeout-type"] = "user"  # the clients do not try again
@@ -67,13 +79,15 @@ def _answer(
         told["x-fal-needs-retry"] = "1"
     if status == 401:
         told["www-authenticate"] = "Key"
-    return Json(body, status, {**told, **(headers or {})})
+    return told
 
 
 def cancelled(outcome: CancelOutcome, request_id: str) -> Json:
     status, body = _CANCEL[outcome]
-    message = {"message": body["detail"]} if "detail" in body else {}
-    return Json(body | message, status, {REQUEST_ID: request_id})
+    headers = {REQUEST_ID: request_id}
+    if "error_type" not in body:
+        return Json(body, status, headers)
+    return _answer(status, body | {"message": body["detail"]}, body["error_type"], False, headers)
 
 
 def receipt(job: Job, given: Receipt, ignored: Sequence[str]) -> Json:

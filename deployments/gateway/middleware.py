@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from deployments.gateway import answers, tokens
+from deployments.gateway import answers, openai, tokens
 from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
 from deployments.gateway.keys import Keys
 from schemas.errors import (
@@ -31,11 +31,12 @@ logger = logging.getLogger(__name__)
 PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/")
 PUBLIC_PATHS = ("/health", "/ready", "/v1/models", JWKS, BARE_JWKS)
 
-RUN_PREFIXES = ("/run/", "/v1/images/")  # where a caller waits for its pictures
+RUN_PREFIXES = ("/run/", openai.PREFIX)  # where a caller waits for its pictures
 
 _EXPOSED = (
-    "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, "
-    "x-fal-billable-units, x-darkroom-ignored-fields, idempotent-replayed, etag"
+    "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, x-fal-needs-retry, "
+    "x-fal-billable-units, x-darkroom-ignored-fields, idempotent-replayed, x-should-retry, "
+    "etag, accept-ranges, content-range, content-disposition"
 )
 
 
@@ -143,7 +144,8 @@ class Errors:
                 logger.exception("%s %s failed, %s", scope["method"], path, _id(scope))
             if began:
                 raise
-            await answers.failure(known)(scope, receive, send)
+            told = openai.failure if scope["path"].startswith(openai.PREFIX) else answers.failure
+            await told(known)(scope, receive, send)
 
 
 class Headers:
@@ -173,13 +175,17 @@ class Headers:
 
 
 def _preflight(scope: Scope) -> answers.Json:
-    """ "*" does not cover Authorization, so what is asked for is echoed."""
-    asked = HeaderView(scope=scope).get("access-control-request-headers", "authorization")
+    """ "*" does not cover Authorization, so what is asked for is echoed. A page from the internet may use a
+    server in the browser's own network: what it needs is a key, not a place."""
+    headers = HeaderView(scope=scope)
+    asked = headers.get("access-control-request-headers", "authorization")
     allowed = {
         "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
         "access-control-allow-headers": asked,
         "access-control-max-age": "600",
     }
+    if headers.get("access-control-request-private-network") == "true":
+        allowed["access-control-allow-private-network"] = "true"
     return answers.Json({}, 200, allowed)
 
 

@@ -36,6 +36,7 @@ FIELDS: Mapping[str, str] = {
 }
 _WORDS = {"num_images": "n", "image_size": "size", "image_url": "image", "mask_url": "mask"}
 
+PREFIX = "/v1/images/"
 MAX_PARTS = 64  # of a form
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 
@@ -44,8 +45,8 @@ def routes(gateway: Gateway, present: Attendance) -> list[Route]:
     """Where pictures are asked for in OpenAI's way."""
     http = _Images(gateway, present)
     return [
-        Route("/v1/images/generations", http.generations, methods=["POST"]),
-        Route("/v1/images/edits", http.edits, methods=["POST"]),
+        Route(f"{PREFIX}generations", http.generations, methods=["POST"]),
+        Route(f"{PREFIX}edits", http.edits, methods=["POST"]),
     ]
 
 
@@ -65,9 +66,9 @@ class _Images:
         try:
             return await self._pictures(request, fields, verb)
         except DarkroomError as error:
-            return _failure(error)
+            return failure(error)
         except HTTPException as error:  # how Starlette tells of a broken form
-            return _failure(BadRequest(error.detail))
+            return failure(BadRequest(error.detail))
 
     async def _pictures(self, request: Request, fields: set[str], verb: str) -> Response:
         asked = await self._asked(request)
@@ -186,7 +187,7 @@ def _wrong(word: str, message: str, kind: str) -> InputError:
     return InputError([FieldError(("body", word.removesuffix("[]")), message, kind)])
 
 
-def _failure(error: DarkroomError) -> Response:
+def failure(error: DarkroomError) -> Response:
     """OpenAI's shape. What the caller has to change is a 400 there."""
     detail = error.body()["detail"]
     fault = detail[0] if isinstance(detail, list) and detail else {"loc": (), "type": error.error_type}
@@ -198,5 +199,6 @@ def _failure(error: DarkroomError) -> Response:
         "code": fault["type"],
     }
     status = 400 if error.status == 422 else error.status
-    headers = {"x-should-retry": str(error.retryable).lower()}  # which OpenAI's clients obey
+    headers = answers.failure_headers(error.status, error.error_type, error.retryable)
+    headers["x-should-retry"] = str(error.retryable).lower()  # which OpenAI's clients obey
     return answers.Json({"error": told}, status, headers)

@@ -25,6 +25,9 @@ BUFFERING = 2  # messages that wait; what fal recommends
 MAX_BUFFERING = 60  # what fal's clients let a caller ask for
 REFUSED = 1008  # RFC 6455: policy violation
 
+# In fal's words. Its JavaScript client keeps silent about it, and connects again with the next message.
+IDLE = {"type": "x-fal-error", "error": "TIMEOUT", "reason": "no inputs, reconnect when needed!"}
+
 Message = bytes | str
 Inbox = asyncio.Queue[Message]
 
@@ -66,7 +69,7 @@ class _Realtime:
         return Caller(tenant, base_url), endpoint_id, asyncio.Queue(_buffering(socket))
 
     async def _converse(self, socket: WebSocket, caller: Caller, endpoint_id: str, inbox: Inbox) -> None:
-        """Read and answer until the caller leaves."""
+        """Read and answer until the caller leaves, or says nothing for long."""
         reading = asyncio.create_task(_read(socket, inbox))
         answering = asyncio.create_task(self._answer(socket, caller, endpoint_id, inbox))
         try:
@@ -81,8 +84,15 @@ class _Realtime:
             await asyncio.wait([reading, answering])
 
     async def _answer(self, socket: WebSocket, caller: Caller, endpoint_id: str, inbox: Inbox) -> None:
+        idle_s = self._gateway.settings.realtime_idle_s
         while True:
-            message = await inbox.get()
+            try:
+                async with asyncio.timeout(idle_s):
+                    message = await inbox.get()
+            except TimeoutError:
+                await socket.send_json(IDLE)
+                await socket.close()
+                return
             try:
                 fields = _fields(message, self._gateway.settings.max_body_bytes)
                 answer = msgpack.packb(await self._output(fields, caller, endpoint_id))

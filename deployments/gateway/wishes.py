@@ -2,8 +2,9 @@
 
 from starlette.requests import HTTPConnection, Request
 
-from deployments.gateway import lifecycle
+from deployments.gateway import lifecycle, retries
 from deployments.gateway.addresses import parse_url
+from deployments.gateway.flags import flag
 from deployments.gateway.gateway import Wishes
 from schemas.errors import BadRequest
 from schemas.jobs import Priority
@@ -35,8 +36,8 @@ def read(request: Request, *, previews: bool) -> Wishes:
         webhook_url=_webhook_url(request),
         max_queue_length=_max_queue_length(request),
         previews=previews,
-        retries=not _flag(request, "x-fal-no-retry", default=False),
-        stores_io=_flag(request, "x-fal-store-io", default=True),
+        retries=retries.wanted(request.headers),
+        stores_io=flag(request.headers, "x-fal-store-io", default=True),
         tags=_tags(request),
         idempotency_key=_idempotency_key(request),
         keep_s=lifecycle.keep_s(request.headers, lifecycle.PREFERRED),
@@ -49,18 +50,6 @@ def _idempotency_key(request: Request) -> str | None:
     if text is not None and not (text.isascii() and text.isprintable() and 1 <= len(text) <= MAX_KEY):
         raise BadRequest(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters.")
     return text
-
-
-_FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
-
-def _flag(request: Request, name: str, *, default: bool) -> bool:
-    text = request.headers.get(name)
-    if text is None:
-        return default
-    if text.lower() not in _FLAGS:
-        raise BadRequest(f"{name} must be 1 or 0.")
-    return _FLAGS[text.lower()]
 
 
 def _tags(request: Request) -> tuple[str, ...]:

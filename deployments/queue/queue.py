@@ -150,7 +150,7 @@ class Queue:
     async def erase(self, request_id: str, tenant: str) -> Record | None:
         """Delete the input, the output and the log of a completed request. Returns what it was, or None.
 
-        Raises BadRequest while it is not completed.
+        Raises BadRequest while it is not completed, and while its webhook, which tells the output, is owed.
         """
 
         def operation(connection: Connection) -> Record | None:
@@ -159,6 +159,8 @@ class Queue:
                 return None
             if record.state != State.COMPLETED:
                 raise BadRequest("The request is still in progress; cancel it first.")
+            if connection.scalar(sql.OWED, {"request_id": request_id}) is not None:
+                raise BadRequest("The request's webhook is still being delivered; try again later.")
             erase(connection, request_id)
             return record
 

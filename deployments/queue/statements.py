@@ -213,3 +213,7 @@ NEWEST = select(func.coalesce(func.max(events.c.seq), 0))
 CHANGES = select(events.c.seq, events.c.request_id).where(events.c.seq > bindparam("after"))
 
 OWE = insert(deliveries)
+
+OWED = select(deliveries.c.seq).where(
+    deliveries.c.request_id == bindparam("request_id"), deliveries.c.ended_at.is_(None)
+)

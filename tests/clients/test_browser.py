@@ -68,11 +68,20 @@ def test_a_finished_request_is_found_again_by_its_id(told: dict[str, Any]) -> No
     assert told["result"] == told["polling"]["result"]
 
 
-def test_a_stream_shows_previews_and_then_the_output(told: dict[str, Any], server: Server) -> None:
-    *previews, _ = told["stream"]["urls"]
+@pytest.mark.parametrize("stream", ["stream", "clientStream"])  # by the proxy; with a token, past it
+def test_a_stream_shows_previews_and_then_the_output(
+    stream: str, told: dict[str, Any], server: Server
+) -> None:
+    *previews, _ = told[stream]["urls"]
     assert previews and set(previews) == {"data:image/jpeg;base64,"}
-    [image] = told["stream"]["last"]["images"]
+    [image] = told[stream]["last"]["images"]
     assert image["url"].startswith(f"{server.url}/files/")
+
+
+def test_a_websocket_brings_pictures_and_says_what_is_wrong(told: dict[str, Any]) -> None:
+    seen = told["realtime"]
+    assert (seen["seed"], seen["size"], seen["error"]["name"]) == (11, [64, 64], "ApiError")
+    assert "num_images: Input should be less than or equal to 4" in seen["error"]["message"]
 
 
 def test_a_waiting_request_can_be_cancelled(told: dict[str, Any]) -> None:
@@ -111,6 +120,7 @@ def test_the_page_can_read_the_bytes_of_a_picture(told: dict[str, Any], stranger
     assert (seen["type"], seen["bytes"]) == ("image/jpeg", len(answer.content))
     assert seen["etag"] == answer.headers["etag"]
     assert seen["part"] == {"status": 206, "bytes": 4}
+    assert seen["range"] == f"bytes 2-5/{len(answer.content)}"
 
 
 def test_a_picture_leaves_the_canvas_readable(told: dict[str, Any], stranger: httpx.Client) -> None:

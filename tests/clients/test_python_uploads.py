@@ -12,6 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
+from tests.clients.conftest import MAX_UPLOAD_BYTES
 from tests.clients.halves import UPLOADING, Connect, settled
 from tests.clients.inputs import REMAKE, REMAKE_EXAMPLE, drawing, picture
 from tests.support.server import Server
@@ -81,11 +82,21 @@ async def test_a_large_file_goes_in_parts(
         assert answer.headers["content-type"] == kind
 
 
-async def test_more_than_a_hundred_megabytes_are_refused_here(fal: Any, tmp_path: Path) -> None:
+async def test_what_the_client_sends_in_parts_by_itself_arrives_whole(
+    fal: Any, tmp_path: Path, stranger: httpx.Client
+) -> None:
+    data = bytes(range(256)) * (101 * 2**12)  # more than 100 MiB, in 10 MiB each
+    path = tmp_path / "large.bin"
+    path.write_bytes(data)
+    url = await settled(fal.upload_file(path))
+    assert stranger.get(url).content == data
+
+
+async def test_what_is_larger_than_the_server_takes_is_refused(fal: Any, tmp_path: Path) -> None:
     path = tmp_path / "huge"
     with path.open("wb") as file:
-        file.truncate(101 * 2**20)  # in parts by itself
-    with pytest.raises(fal_client.FalClientHTTPError, match="100000000 bytes") as caught:
+        file.truncate(MAX_UPLOAD_BYTES + 1)
+    with pytest.raises(fal_client.FalClientHTTPError, match=f"{MAX_UPLOAD_BYTES} bytes") as caught:
         await settled(fal.upload_file(path))
     assert (caught.value.status_code, caught.value.error_type) == (413, "request_too_large")
 

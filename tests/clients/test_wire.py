@@ -5,17 +5,23 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.client import HTTPResponse
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
 import pytest
 from openapi_schema_validator import OAS30ReadValidator
 
-from tests.clients.conftest import MAX_BODY_BYTES
+from deployments.server import HEAD_S
+from tests.clients.conftest import BODY_GRACE_S, MAX_BODY_BYTES
 from tests.clients.inputs import (
     ALICE,
     APP,
+    CANNY,
+    CANNY_EXAMPLE,
     EDIT,
     EDIT_EXAMPLE,
     ENDPOINT,
@@ -23,6 +29,8 @@ from tests.clients.inputs import (
     REMAKE,
     REMAKE_EXAMPLE,
     SMALL,
+    UNIVERSAL,
+    UNIVERSAL_EXAMPLE,
     WATCHED,
     drawing,
     encoded,
@@ -195,6 +203,8 @@ def test_the_newer_name_of_the_start_timeout_wins(alice: httpx.Client, busy: dic
         (ENDPOINT, SMALL),
         (REMAKE, REMAKE_EXAMPLE),
         (EDIT, EDIT_EXAMPLE),
+        (CANNY, CANNY_EXAMPLE | {"num_inference_steps": 4}),
+        (UNIVERSAL, UNIVERSAL_EXAMPLE | {"num_inference_steps": 2}),
     ],
 )
 def test_what_a_model_answers_is_valid_by_its_own_document(
@@ -204,7 +214,9 @@ def test_what_a_model_answers_is_valid_by_its_own_document(
     result = document["paths"][f"/{endpoint}/requests/{{request_id}}"]["get"]["responses"]["200"]
     schema = result["content"]["application/json"]["schema"] | {"components": document["components"]}
     picture = base64.b64encode(encoded(drawing((64, 64)))).decode()
-    answer = alice.post(f"/run/{endpoint}", json=fields | {"image_url": f"data:image/png;base64,{picture}"})
+    url = f"data:image/png;base64,{picture}"
+    pictures = {"image_url": url, "control_image_url": url}  # an endpoint ignores what it does not know
+    answer = alice.post(f"/run/{endpoint}", json=fields | pictures)
     assert answer.status_code == 200
     OAS30ReadValidator(schema).validate(answer.json())
 
@@ -578,7 +590,10 @@ def test_every_answer_has_a_request_id_that_browsers_may_read(
         "x-fal-error-type",
         "x-fal-retryable",
         "x-fal-billable-units",
+        "x-fal-needs-retry",
         "etag",
+        "content-range",
+        "content-disposition",
     }
 
 
@@ -618,6 +633,13 @@ def test_a_preflight_needs_no_key(path: str, method: str, stranger: httpx.Client
     assert allowed >= set(asked)
     methods = {name.strip() for name in answer.headers["access-control-allow-methods"].split(",")}
     assert methods >= {"GET", "POST", "PUT", "DELETE", "OPTIONS"}
+    assert "access-control-allow-private-network" not in answer.headers
+
+
+def test_a_page_of_the_internet_may_use_a_server_in_the_browser_s_own_network(stranger: httpx.Client) -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-private-network": "true"}
+    answer = stranger.options(f"/run/{ENDPOINT}", headers={"origin": "https://app.example"} | asked)
+    assert answer.headers["access-control-allow-private-network"] == "true"
 
 
 @pytest.mark.parametrize("name", ["x-fal-request-start-timeout", "x-fal-request-timeout"])
@@ -734,3 +756,49 @@ def test_a_body_of_the_largest_size_is_read(alice: httpx.Client) -> None:
     body = json.dumps(SMALL).encode()
     answer = alice.post(f"/queue/{ENDPOINT}", content=body.ljust(MAX_BODY_BYTES), headers=JSON)
     assert answer.status_code == 200
+
+
+# --- callers that hold connections, and what is Serve's own ---
+
+
+def test_headers_that_do_not_come_are_given_up(server: Server) -> None:
+    place = urlsplit(server.url)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        silent, stuck, dripping = (
+            stack.enter_context(socket.create_connection((place.hostname, place.port), timeout=HEAD_S + 30))
+            for _ in range(3)
+        )
+        stuck.sendall(b"GET /hea")
+        dripping.sendall(b"GET /health HTTP/1.1\r\nhost: box\r\nx-drop: ")
+        dripping.settimeout(1)
+        while not (answer := _received(dripping)):
+            dripping.sendall(b"x")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert all(held.recv(65_536).startswith(b"HTTP/1.1 408 ") for held in (silent, stuck))
+    assert time.monotonic() - began < HEAD_S + 30
+
+
+def _received(connection: socket.socket) -> bytes:
+    """What has come within the connection's timeout."""
+    try:
+        return connection.recv(65_536)
+    except TimeoutError:
+        return b""
+
+
+def test_a_body_shorter_than_it_says_is_given_up(server: Server) -> None:
+    place = urlsplit(server.url)
+    with socket.create_connection((place.hostname, place.port), timeout=BODY_GRACE_S + 30) as sender:
+        head = f"POST /queue/{ENDPOINT} HTTP/1.1\r\nhost: box\r\nauthorization: Key {ALICE}\r\n"
+        sender.sendall(head.encode() + b'content-length: 100\r\n\r\n{"prompt": "x"}')
+        answer = HTTPResponse(sender)
+        answer.begin()
+        body = json.loads(answer.read())
+    assert (answer.status, body["error_type"]) == (408, "request_timeout")
+    assert body["detail"] == body["message"]
+
+
+def test_a_time_limit_of_serve_s_own_is_not_the_callers_to_set(alice: httpx.Client) -> None:
+    headers = {"x-request-timeout-seconds": "0.001"}
+    assert alice.post(f"/run/{ENDPOINT}", json=SMALL, headers=headers).status_code == 200

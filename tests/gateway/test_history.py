@@ -94,6 +94,19 @@ async def test_a_request_s_payloads_can_be_deleted(alice: httpx.AsyncClient, pla
     assert again.json() == {"cdn_delete_results": []}
 
 
+async def test_a_request_whose_webhook_is_owed_keeps_its_payloads(
+    alice: httpx.AsyncClient, place: Place
+) -> None:
+    asked = {"fal_webhook": "https://example.com/hook"}  # nobody sends it here
+    fields = {"prompt": "a cat"}
+    receipt = (await alice.post(f"/queue/{ENDPOINT}", json=fields, params=asked)).json()
+    await place.gateway.result(receipt["request_id"], "alice")
+    answer = await alice.delete(f"/v1/models/requests/{receipt['request_id']}/payloads")
+    assert (answer.status_code, "webhook" in answer.json()["detail"]) == (400, True)
+    [item] = (await listed(alice, expand="payloads"))["items"]
+    assert item["json_input"]["prompt"] == "a cat" and item["json_output"]["images"]
+
+
 async def test_a_running_request_keeps_its_payloads(alice: httpx.AsyncClient, place: Place) -> None:
     place.model.open.clear()
     receipt = (await alice.post(f"/queue/{ENDPOINT}", json={"prompt": "a cat"})).json()

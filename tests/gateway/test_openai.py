@@ -157,6 +157,24 @@ async def test_a_wrong_key_is_told(client: AsyncOpenAI) -> None:
         await client.with_options(api_key="alice:guess").images.generate(prompt="a cat")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "key", "status"),
+    [
+        ("POST", "generations", "alice:guess", 401),
+        ("GET", "generations", "alice:s3cret", 405),
+        ("POST", "variations", "alice:s3cret", 404),
+    ],
+)
+async def test_what_never_comes_to_a_picture_is_told_in_openai_s_shape(
+    method: str, path: str, key: str, status: int, stranger: httpx.AsyncClient
+) -> None:
+    headers = {"authorization": f"Bearer {key}"}
+    answer = await stranger.request(method, f"/v1/images/{path}", headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
+    assert error["message"] and error["code"]
+
+
 async def test_a_broken_form_is_a_bad_request(place: Place, alice: httpx.AsyncClient) -> None:
     headers = {"content-type": "multipart/form-data; boundary=x"}
     answer = await alice.post("/v1/images/edits", content=b"nonsense", headers=headers)

@@ -85,7 +85,7 @@ def is_told(answer: httpx.Response) -> bool:
         assert all({"loc", "msg", "type"} <= set(fault) for fault in faults)
     else:
         assert faults == body["message"]
-        assert answer.headers["x-fal-error-type"] == body["error_type"]
+    assert answer.headers["x-fal-error-type"] == body["error_type"]
     return isinstance(body["message"], str) and "x-fal-request-id" in answer.headers
 
 
@@ -180,6 +180,7 @@ NAMED = (
     "x-fal-queue-priority",
     "x-fal-request-start-timeout",
     "x-fal-request-timeout",
+    "x-fal-retry-config",
     "x-fal-runner-hint",
     "x-fal-store-io",
     "x-fal-tags",

@@ -216,6 +216,26 @@ async def test_a_caller_that_leaves_cancels_its_request(place: Place) -> None:
     await asyncio.wait_for(place.model.stopped.wait(), 10)
 
 
+async def test_a_connection_without_messages_is_closed_in_fal_s_words(tmp_path: Path) -> None:
+    async with gateway_at_work(tmp_path, realtime_idle_s=0.05) as place, connected(place) as socket:
+        frame = await receive(socket)
+        assert (frame["type"], frame["error"]) == ("x-fal-error", "TIMEOUT") and frame["reason"]
+        with pytest.raises(ConnectionClosed) as closed:
+            await socket.recv()
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1000
+
+
+async def test_a_connection_is_not_idle_while_its_request_runs(tmp_path: Path) -> None:
+    async with gateway_at_work(tmp_path, realtime_idle_s=2) as place, connected(place) as socket:
+        place.model.open.clear()
+        await socket.send(msgpack.packb(PROMPT))
+        await place.model.began.acquire()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(receive(socket), 2.5)
+        place.model.open.set()
+        assert (await receive(socket))["prompt"] == "a cat"
+
+
 # --- who is refused ---
 
 

@@ -1,11 +1,14 @@
 """What a caller asks beside its input, in headers."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from deployments.gateway.keys import ANYONE
+from schemas.settings import ModelEntry
 from tests.support.gateway import Place, gateway_at_work
 from tests.support.jobs import ENDPOINT
 
@@ -34,6 +37,16 @@ async def test_wishes_go_with_the_request(place: Place, alice: httpx.AsyncClient
         ("x-fal-store-io", "2"),
         ("x-fal-tags", ",".join(map(str, range(21)))),
         ("x-fal-tags", "x" * 101),
+        ("x-fal-retry-config", ""),
+        ("x-fal-retry-config", "{"),
+        ("x-fal-retry-config", "[]"),
+        ("x-fal-retry-config", '{"server_error": 3}'),  # fal's own short form that is none
+        ("x-fal-retry-config", '{"server_error": {}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": -1}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": 10}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": "3"}}'),
+        ("x-fal-retry-config", '{"server_error": {"retries": 3, "after": 1}}'),
+        ("x-fal-retry-config", '{"weather": {"retries": 3}}'),
     ],
 )
 async def test_a_malformed_wish_is_named(name: str, text: str, alice: httpx.AsyncClient) -> None:
@@ -61,7 +74,53 @@ async def test_files_are_kept_as_long_as_the_server_says_unless_the_caller_does(
             assert keep_s - 30 < seconds <= keep_s
 
 
-@pytest.mark.parametrize("name", ["x-fal-runner-hint", "x-fal-retry-config", "x-app-fal-disable-fallback"])
+@pytest.mark.parametrize(
+    ("budgets", "retries"),
+    [
+        ({}, True),
+        ({"server_error": {"retries": 3}, "connection_error": {"retries": 1}}, True),
+        ({"server_error": {"retries": 0}}, False),
+        ({"server_error": {"retries": 3}, "connection_error": {"retries": 0}}, False),
+        ({"timeout": {"retries": 0}}, True),  # a request that ran for too long never runs again
+    ],
+)
+async def test_a_budget_of_no_retries_is_kept(
+    budgets: Any, retries: bool, place: Place, alice: httpx.AsyncClient
+) -> None:
+    headers = {"X-Fal-Retry-Config": json.dumps(budgets)}
+    receipt = (await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers=headers)).json()
+    record = await place.queue.get(receipt["request_id"], "alice")
+    assert record is not None and record.job.retries is retries
+
+
+async def test_no_retry_outranks_a_budget(place: Place, alice: httpx.AsyncClient) -> None:
+    headers = {"X-Fal-No-Retry": "1", "X-Fal-Retry-Config": '{"server_error": {"retries": 3}}'}
+    receipt = (await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers=headers)).json()
+    record = await place.queue.get(receipt["request_id"], "alice")
+    assert record is not None and not record.job.retries
+
+
+@pytest.mark.parametrize("name", ["x-fal-runner-hint", "x-app-fal-disable-fallback"])
 async def test_what_has_no_meaning_here_is_taken(name: str, alice: httpx.AsyncClient) -> None:
     answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, headers={name: "{}"})
     assert answer.status_code == 200
+
+
+async def test_who_wants_no_long_queue_is_refused_one(place: Place, alice: httpx.AsyncClient) -> None:
+    place.model.open.clear()
+    for _ in range(ModelEntry.model_fields["window"].default):
+        await alice.post(f"/queue/{ENDPOINT}", json=CAT)
+        await place.model.began.acquire()
+    for _ in range(2):  # which wait
+        await alice.post(f"/queue/{ENDPOINT}", json=CAT)
+    refused = await alice.post(f"/queue/{ENDPOINT}", json=CAT, params={"fal_max_queue_length": 1})
+    assert (refused.status_code, refused.json()["error_type"]) == (429, "queue_full")
+    taken = await alice.post(f"/queue/{ENDPOINT}", json=CAT, params={"fal_max_queue_length": 2})
+    assert (taken.status_code, taken.json()["queue_position"]) == (200, 2)
+
+
+@pytest.mark.parametrize("length", ["", "-1", "1.5", "x", "9999999999", "٣"])
+async def test_a_malformed_length_is_refused(length: str, alice: httpx.AsyncClient) -> None:
+    answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, params={"fal_max_queue_length": length})
+    assert answer.status_code == 400
+    assert "fal_max_queue_length" in answer.json()["detail"]

@@ -11,8 +11,17 @@ const small = { prompt: "a page", image_size: { width: 64, height: 64 }, num_inf
 const watched = { ...small, image_size: "square", num_inference_steps: 20 };
 const long = { ...small, image_size: "square_hd", num_inference_steps: 50, num_images: 4 };
 
+// What the client asks for without its proxy goes to fal's own hosts: its websocket, and streams with a token.
+const Plain = window.WebSocket;
+window.WebSocket = class extends Plain {
+  constructor(url) {
+    super(url.replace("wss://fal.run", `${server.replace("http", "ws")}/run`));
+  }
+};
+const direct = (url, options) => fetch(url.replace("https://fal.run", `${server}/run`), options);
+
 function configure(credentials) {
-  fal.config({ credentials, proxyUrl: `${server}/api/fal/proxy` });
+  fal.config({ credentials, proxyUrl: `${server}/api/fal/proxy`, fetch: direct });
 }
 
 async function subscribe(options) {
@@ -30,11 +39,32 @@ async function subscribe(options) {
   return seen;
 }
 
-async function stream() {
-  const events = await fal.stream(ENDPOINT, { input: watched });
+async function stream(connectionMode) {
+  const events = await fal.stream(ENDPOINT, { input: watched, connectionMode });
   const urls = [];
   events.on("data", (event) => urls.push(event.images[0].url.slice(0, 23)));
   return { last: await events.done(), urls };
+}
+
+/** A picture over a websocket, and what is said of a mistake on it. */
+async function realtime() {
+  let tell;
+  const connection = fal.realtime.connect(ENDPOINT, {
+    connectionKey: "page",
+    throttleInterval: 0,
+    onResult: (result) => tell(result),
+    onError: (error) => tell(error),
+  });
+  const ask = (input) => {
+    const told = new Promise((resolve) => (tell = resolve));
+    connection.send(input);
+    return told;
+  };
+  const { images, seed } = await ask(small);
+  const picture = await createImageBitmap(new Blob([images[0].content]));
+  const { name, message } = await ask({ ...small, num_images: 9 });
+  connection.close();
+  return { seed, size: [picture.width, picture.height], error: { name, message } };
 }
 
 /** What happens to requests behind one that takes long. */
@@ -92,6 +122,7 @@ async function pictures(url) {
   const told = { type: answer.headers.get("content-type"), etag: answer.headers.get("etag") };
   told.bytes = (await answer.arrayBuffer()).byteLength;
   told.part = { status: part.status, bytes: (await part.arrayBuffer()).byteLength };
+  told.range = part.headers.get("content-range");
   told.canvas = await shown(url, "anonymous");
   told.tainted = await failure(shown(url, null));
   told.closed = await failure(fetch(closed));
@@ -115,7 +146,9 @@ async function tell() {
   const { enqueued: requestId } = told.polling;
   told.status = await fal.queue.status(ENDPOINT, { requestId, logs: true });
   told.result = await fal.queue.result(ENDPOINT, { requestId });
-  told.stream = await stream();
+  told.stream = await stream("server");
+  told.clientStream = await stream("client");
+  told.realtime = await realtime();
   told.waiting = await wait();
   told.uploads = await uploads();
   told.pictures = await pictures(told.run.data.images[0].url);

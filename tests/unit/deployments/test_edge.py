@@ -1,9 +1,9 @@
-"""Uploads ask Serve not to read ahead; other requests do not."""
+"""What Serve is told of a request: uploads ask it not to read ahead, and callers tell it nothing."""
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from deployments.gateway.backpressure import Backpressure, middlewares
+from deployments.gateway.edge import Edge, middlewares
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,8 @@ async def test_only_uploads_are_not_read_ahead(method: str, path: str, is_upload
         pass
 
     headers = [(b"host", b"box")]
-    await Backpressure(app)(
-        {"type": "http", "method": method, "path": path, "headers": headers}, receive, send
-    )
+    given = [*headers, (b"X-Request-Timeout-Seconds", b"0.001"), (b"x-request-disconnect-disabled", b"?1")]
+    await Edge(app)({"type": "http", "method": method, "path": path, "headers": given}, receive, send)
     added = [(b"x-request-disconnect-disabled", b"?1")] if is_upload else []
     assert seen[0]["headers"] == [*headers, *added]
 
@@ -41,4 +40,5 @@ async def test_only_uploads_are_not_read_ahead(method: str, path: str, is_upload
 def test_serve_knows_the_header_and_takes_the_list() -> None:
     http_util = pytest.importorskip("ray.serve._private.http_util")
     assert http_util.parse_disconnect_disabled_header({b"x-request-disconnect-disabled": b"?1"})
+    assert http_util.parse_request_timeout_header({b"x-request-timeout-seconds": b"1"}, None) == 1
     assert http_util.validate_http_proxy_callback_return(middlewares())
