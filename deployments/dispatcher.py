@@ -23,12 +23,13 @@ from pydantic import BaseModel, ValidationError
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
 from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
-from schemas.jobs import Claim, Job, JobResult, Update
+from schemas.jobs import WORD_S, Claim, Job, JobResult, Update
 from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
 logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0  # the longest time between two looks at the queue
+SILENCE_S = 5 * WORD_S  # no worker is taken for lost sooner
 
 
 class ModelHandle(Protocol):
@@ -208,16 +209,28 @@ class Dispatcher:
             await self._release(claim, Setback.CRASHED)
 
     async def _follow_in_time(self, claim: Claim) -> None:
-        """As `_follow`, if a worker begins in time, and for as long as requests of its model may run."""
+        """As `_follow`, if a worker begins in time, and for as long as requests of its model may run.
+
+        Raises WorkerLost for one that has spoken and then is silent for the time of a lease.
+        """
+        patience_s = max(self._lease.lease_s, SILENCE_S)
         limit_s = self._limits.get(claim.job.model)
         deadline = claim.start_deadline
-        running = asyncio.timeout(limit_s)
+        running, silent = asyncio.timeout(limit_s), asyncio.timeout(None)
         starting = asyncio.timeout(None if deadline is None else deadline - self._queue.now())
+
+        def hear(update: Update) -> None:
+            silent.reschedule(asyncio.get_running_loop().time() + patience_s)
+            if update.has_begun:
+                starting.reschedule(None)
+
         try:
-            async with running, starting:
-                await self._follow(claim, lambda: starting.reschedule(None))
+            async with running, silent, starting:
+                await self._follow(claim, hear)
         except TimeoutError:
             late: DarkroomError
+            if silent.expired():
+                raise WorkerLost(f"The worker was silent for {patience_s:g} s.") from None
             if starting.expired():
                 late = StartTimeout()
             elif running.expired():
@@ -230,12 +243,12 @@ class Dispatcher:
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
         await _insist(partial(self._queue.release, claim, setback, delay_s))
 
-    async def _follow(self, claim: Claim, began: Callable[[], None]) -> None:
-        """Write down what the worker says until it gives the result; its first word says that it began."""
+    async def _follow(self, claim: Claim, hear: Callable[[Update], None]) -> None:
+        """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
         async with contextlib.aclosing(handle.generate(claim.job)) as updates:
             async for update in updates:
-                began()
+                hear(update)
                 if not await _insist(partial(self._write, claim, update)):
                     return  # someone else has it
                 if update.result is not None:

@@ -46,7 +46,7 @@ from schemas.errors import (
     NotFound,
 )
 from schemas.fields import EndpointInput, File, PictureFile
-from schemas.jobs import Job, JobEvent, JobResult, Logged, Previewed, Update
+from schemas.jobs import WORD_S, Job, JobEvent, JobResult, Logged, Previewed, Update
 from schemas.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -133,10 +133,10 @@ class Worker:
         task.add_done_callback(outbox.end)
         try:
             while not outbox.ended.is_set():
-                await outbox.filled.wait()
+                await _wait(outbox.filled, WORD_S)
                 await _wait(outbox.ended, UPDATE_S)
                 if not outbox.ended.is_set():
-                    yield Update(outbox.take())
+                    yield Update(outbox.take(), has_begun=outbox.has_begun)
             yield Update(outbox.take(), task.result())
         finally:
             task.cancel()
@@ -172,8 +172,9 @@ class Worker:
     async def _perform(self, job: Job, outbox: "_Outbox") -> JobResult:
         try:
             async with self._slots:
+                outbox.has_begun = True
                 if job.start_timeout_s is not None:
-                    outbox.filled.set()  # it has begun, and somebody waits to hear that
+                    outbox.filled.set()  # somebody waits to hear that
                 return await self._answer(job, outbox.add)
         except DarkroomError as error:
             return JobResult.failure(error)
@@ -402,6 +403,7 @@ class _Outbox:
     def __init__(self) -> None:
         self.filled = asyncio.Event()  # something to take, or the end
         self.ended = asyncio.Event()
+        self.has_begun = False
         self._events: list[JobEvent] = []
 
     def add(self, event: JobEvent) -> None:

@@ -412,6 +412,39 @@ async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
     await asyncio.wait_for(model.stopped.wait(), 10)
 
 
+async def test_a_worker_that_falls_silent_is_taken_for_lost(
+    queue: Queue, model: ScriptedModel, clock: Clock, make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.dispatcher.SILENCE_S", 0.2)
+    await make_dispatcher(LeaseSettings(lease_s=0.2, heartbeat_s=0.05))
+    job = make_job()
+    await queue.submit(job)
+    for _ in range(2):
+        await asyncio.wait_for(model.spoke.acquire(), 10)  # and then nothing more
+        await asyncio.wait_for(model.stopped.wait(), 10)
+        model.stopped.clear()
+        clock.now += 20  # the backoff
+        queue.wake()
+    model.open.set()
+    assert (await end_past_backoffs(queue, job, clock)).status == 200
+
+
+async def test_a_worker_that_has_not_begun_may_be_silent(
+    queue: Queue, model: ScriptedModel, make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that Serve is still starting."""
+    monkeypatch.setattr("deployments.dispatcher.SILENCE_S", 0.2)
+    await make_dispatcher(LeaseSettings(lease_s=0.2, heartbeat_s=0.05))
+    model.events = ()
+    job = make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(model.spoke.acquire(), 10)
+    await asyncio.sleep(0.5)
+    model.open.set()
+    assert (await end(queue, job)).status == 200
+    assert len(model.order) == 1
+
+
 async def test_a_job_that_began_in_time_may_run_for_longer(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
 ) -> None:
