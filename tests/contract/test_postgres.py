@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from deployments.queue import Queue, open_database, open_queue
+from deployments.queue import Queue, open_database, open_queue, postgres
 from deployments.queue.postgres import PostgresDatabase
 from schemas.errors import StoreDown
 from schemas.jobs import State
@@ -150,6 +150,40 @@ async def test_a_deadlock_runs_again(database: PostgresDatabase, postgres_url: s
     assert len(runs) == 2
     assert await database.read(noted) == ["done"]
     await other.close()
+
+
+async def test_another_writer_that_does_not_end_is_a_store_that_is_down_not_a_hang(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = PostgresDatabase(postgres_url)
+    monkeypatch.setattr(
+        postgres, "SESSION", postgres.SESSION.replace("lock_timeout = '15s'", "lock_timeout = 50")
+    )
+    database = PostgresDatabase(postgres_url)
+    assert await database.read(shown("lock_timeout")) == ["50ms"]
+    async with grouped(holder):
+        with pytest.raises(StoreDown):
+            await asyncio.wait_for(database.write(note("in vain")), LIMIT_S)
+    await database.write(note("kept"))
+    assert await database.read(noted) == ["kept"]
+    for each in (holder, database):
+        await each.close()
+
+
+async def test_a_writer_that_stands_still_loses_its_transaction(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process was stopped, or its network went: the others go on."""
+    monkeypatch.setattr(postgres, "SESSION", postgres.SESSION.replace("timeout = '10s'", "timeout = 50"))
+    frozen = PostgresDatabase(postgres_url)
+    assert await frozen.write(shown("idle_in_transaction_session_timeout")) == ["50ms"]
+    monkeypatch.undo()
+    database = PostgresDatabase(postgres_url)
+    async with grouped(frozen):
+        await asyncio.wait_for(database.write(note("kept")), LIMIT_S)
+    assert await database.read(noted) == ["kept"]
+    for each in (frozen, database):
+        await each.close()
 
 
 @pytest.mark.parametrize("immediately", [False, True], ids=["in order", "as in a crash"])
