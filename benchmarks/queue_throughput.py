@@ -1,4 +1,5 @@
-"""How much the queue bears: durable submits beside the disk's own rate, then submits and polls over HTTP.
+"""How much the queue bears: durable submits beside the stores' and the disk's own rates, then submits and
+polls over HTTP.
 
 The worker process is stopped while HTTP is measured, so that the front alone has the cores and what is
 submitted stays queued.
@@ -11,16 +12,20 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+
+import psycopg
 
 from benchmarks.load import Tally, drive, request
 from benchmarks.measure import Row, arguments, cpu_s, header, percentile, serving, show
 from deployments.queue import open_queue
 from schemas.settings import LeaseSettings
 from tests.support.jobs import ENDPOINT, make_job
+from tests.support.postgres import PostgresServer, postgres_at_work
 from tests.support.server import Server
 
 REPEATS, CALLERS, SECONDS = 3, 32, 4.0
@@ -53,6 +58,26 @@ def plain_sqlite(folder: Path) -> Measured:
     return _repeat(lambda: database.execute("INSERT INTO requests (input) VALUES (?)", row))
 
 
+def plain_postgres(url: str, clients: int) -> Measured:
+    """One insert a commit, each client on a connection and a thread of its own."""
+    row = (json.dumps(FIELDS),)
+
+    def client(_: int) -> int:
+        with psycopg.connect(url, autocommit=True) as connection:
+            count, began = 0, time.perf_counter()
+            while time.perf_counter() - began < SECONDS / 2:
+                connection.execute("INSERT INTO plain (input) VALUES (%s)", row)
+                count += 1
+            return count
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE plain (seq bigserial PRIMARY KEY, input text)")
+    began, cpu = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(clients) as threads:
+        count = sum(threads.map(client, range(clients)))
+    return count / (time.perf_counter() - began), 1e3 * (time.process_time() - cpu) / count
+
+
 def _repeat(operation: Callable[[], object]) -> Measured:
     count, began, cpu = 0, time.perf_counter(), time.process_time()
     while (seconds := time.perf_counter() - began) < SECONDS / 2:
@@ -61,13 +86,13 @@ def _repeat(operation: Callable[[], object]) -> Measured:
     return count / seconds, 1e3 * (time.process_time() - cpu) / count
 
 
-def submits(folder: Path, waiting: int = 0) -> Measured:
+def submits(url: str, waiting: int = 0) -> Measured:
     """Queue.submit by concurrent callers, with so many requests queued before."""
-    return asyncio.run(_submits(folder, waiting))
+    return asyncio.run(_submits(url, waiting))
 
 
-async def _submits(folder: Path, waiting: int) -> Measured:
-    queue = open_queue(f"sqlite:///{folder}/queue.sqlite3", LeaseSettings())
+async def _submits(url: str, waiting: int) -> Measured:
+    queue = open_queue(url, LeaseSettings())
     for _ in range(0, waiting, 250):
         await asyncio.gather(*(queue.submit(make_job(input=FIELDS)) for _ in range(250)))
     began, cpu = time.perf_counter(), time.process_time()
@@ -86,10 +111,22 @@ async def _submits(folder: Path, waiting: int) -> Measured:
 
 
 def measure_queue(folder: Path) -> list[Row]:
+    with postgres_at_work() as server:
+        return _measure_queue(folder, server)
+
+
+def _measure_queue(folder: Path, server: PostgresServer) -> list[Row]:
+    def sqlite_queue(data: Path) -> str:
+        return f"sqlite:///{data}/queue.sqlite3"
+
+    submit = f"Queue.submit, {CALLERS} callers"
     ways: dict[str, Callable[[Path], Measured]] = {
         "4 KiB written, fdatasync, one thread": disk,
         "sqlite3 WAL+FULL, one insert a commit": plain_sqlite,
-        f"Queue.submit, {CALLERS} callers, empty queue": submits,
+        "PostgreSQL, one insert a commit, 1 client": lambda _: plain_postgres(server.new_database(), 1),
+        "PostgreSQL, one insert a commit, 8 clients": lambda _: plain_postgres(server.new_database(), 8),
+        f"{submit}, empty queue, SQLite": lambda data: submits(sqlite_queue(data)),
+        f"{submit}, empty queue, PostgreSQL": lambda _: submits(server.new_database()),
     }
     found: dict[str, list[Measured]] = {name: [] for name in ways}
     for _ in range(REPEATS):
@@ -97,7 +134,8 @@ def measure_queue(folder: Path) -> list[Row]:
             with TemporaryDirectory(dir=folder) as data:
                 found[name].append(way(Path(data)))
     with TemporaryDirectory(dir=folder) as data:
-        found["the same, 10,000 queued before"] = [submits(Path(data), 10_000)]
+        found[f"{submit}, 10,000 queued before, SQLite"] = [submits(sqlite_queue(Path(data)), 10_000)]
+    found[f"{submit}, 10,000 queued before, PostgreSQL"] = [submits(server.new_database(), 10_000)]
     return [
         {
             "operation": name,
@@ -167,7 +205,8 @@ def main() -> None:
     options = arguments("Rates of the durable queue.")
     options.dir.mkdir(parents=True, exist_ok=True)
     repeats = f"median (range) of {REPEATS} interleaved repeats"
-    show("queue: durable operations in one process", measure_queue(options.dir), repeats, options.json)
+    caption = f"{repeats}; CPU-ms: of the calling process; PostgreSQL's data lies in /tmp"
+    show("queue: durable operations in one process", measure_queue(options.dir), caption, options.json)
     title = f"queue over HTTP: {CALLERS} keep-alive connections, one gateway replica"
     caption = f"{repeats}; CPU-ms: all of the server's processes, the load generator not included"
     show(title, measure_http(options.dir), caption, options.json)
