@@ -127,9 +127,15 @@ class Pipeline(FluxPipeline[Input]):
             edit.denoising.adapters,
             self.model.to_device(draw_noise(grid, seed)),
             edit.gamma,
-            keep=lambda noise: self.model.noises.keep(noise_name, noise.cpu()),
+            keep=lambda noise: self._keep(noise_name, noise),
         )
         return Sample(name, FluxPlan(grid, inversion, edit.denoising), edit.picture)
+
+    def _keep(self, name: str, noise: Tensor) -> None:
+        """Keep a structured noise, unless its numbers overflowed: the next request shall try anew."""
+        noise = noise.cpu()
+        if noise.isfinite().all():
+            self.model.noises.keep(name, noise)
 
 
 def _etas(request: Input) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from pipelines.flux.model import FluxModel, plan_of
 from pipelines.flux.plan import Adapters
 from pipelines.flux.sampling import Grid
 from schemas.endpoints.flux_dev import Output
-from schemas.errors import InternalError, Location
+from schemas.errors import Location, NotFinite
 from schemas.fields import ImageSize, ImageSizePreset, resolve
 
 
@@ -47,7 +47,7 @@ class FluxPipeline(Pipeline[InputT, FluxModel]):
 
     def finish(self, sample: Sample) -> Picture:
         if not torch.isfinite(sample.latents).all():
-            raise InternalError("The model's numbers overflowed; try another seed or size.")
+            raise NotFinite
         return images.from_tensor(self.model.decode(sample.latents, plan_of(sample).grid))
 
     def preview(self, sample: Sample) -> Picture:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from pipelines import images
-from pipelines.base import Assets, Generation, Outcome, named_by
+from pipelines.base import Assets, Generation, Glimpse, Outcome, named_by
 from pipelines.engine.sample import Sample
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.embeddings import TokenEmbedding
@@ -51,7 +51,7 @@ class Pipeline(SdPipeline[Input]):
                 resources=held.pop_all(),
             )
 
-    def traces(self, generation: Generation) -> Mapping[str, Iterable[tuple[str, Picture]]]:
+    def traces(self, generation: Generation) -> Mapping[str, Iterable[Glimpse]]:
         plans = [plan_of(sample) for sample in generation.samples]
         trace = plans[0].trace
         traces = {
@@ -200,19 +200,19 @@ def _check_trace(request: Input, grid: Grid, views: Sequence[Tile]) -> None:
             raise InputError([FieldError(("body", field), message, "too_long")])
 
 
-def _steps(plans: Sequence[SdPlan]) -> Iterator[tuple[str, Picture]]:
+def _steps(plans: Sequence[SdPlan]) -> Iterator[Glimpse]:
     """The latents after each step, decoded one by one: IMAGE_STEP."""
     for image, plan in enumerate(plans):
         for step, latents in plan.trace.steps.items():
-            yield f"{image:04}_{step:04}", _decoded(plan, latents)
+            yield Glimpse(image, f"{image:04}_{step:04}", _decoded(plan, latents))
 
 
-def _tiles(plans: Sequence[SdPlan]) -> Iterator[tuple[str, Picture]]:
+def _tiles(plans: Sequence[SdPlan]) -> Iterator[Glimpse]:
     """The latents in each tile after each step, decoded one by one: IMAGE_STEP_TILE."""
     for image, plan in enumerate(plans):
         for step, parts in plan.trace.tiles.items():
             for tile, latents in enumerate(parts):
-                yield f"{image:04}_{step:04}_{tile:04}", _decoded(plan, latents)
+                yield Glimpse(image, f"{image:04}_{step:04}_{tile:04}", _decoded(plan, latents))
 
 
 def _decoded(plan: SdPlan, latents: Tensor) -> Picture:
