@@ -32,6 +32,9 @@ class Limits(Settings):
     """What one request may ask for beyond what its schema says."""
 
     max_pixels: int = Field(2048 * 2048, gt=0, description="width × height of one picture")
+    max_megapixel_steps: float = Field(
+        2500, gt=0, description="width × height in millions, times images, times steps, of one request"
+    )
 
 
 class LeaseSettings(Settings):

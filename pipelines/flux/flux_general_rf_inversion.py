@@ -40,7 +40,7 @@ class Pipeline(FluxPipeline[Input]):
     output_type = Output
 
     def hold(self, request: Input, assets: Assets) -> ExitStack:
-        grid = self._grid(request.image_size, assets.images["body", "image_url"])
+        grid = self._grid(request, request.image_size, assets.images["body", "image_url"])
         with ExitStack() as held:
             reader = GuideReader(self.model, assets, grid, held)
             styles, controls = self._loras(request, assets)
@@ -50,7 +50,7 @@ class Pipeline(FluxPipeline[Input]):
 
     def prepare(self, request: Input, assets: Assets, seed: int) -> Generation:
         seed = seed if request.seed is None else request.seed
-        grid = self._grid(request.image_size, assets.images["body", "image_url"])
+        grid = self._grid(request, request.image_size, assets.images["body", "image_url"])
         with ExitStack() as held:
             edit = self._edit(request, assets, grid, held)
             return Generation(

@@ -49,7 +49,7 @@ class FluxModel(Model):
         redux: Redux | None = None,
         depth: DepthEstimator | None = None,
     ) -> None:
-        self.max_pixels = settings.limits.max_pixels
+        self.limits = settings.limits
         self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
         self.noises: Cache[Tensor] = Cache(settings.noise_bytes)  # structured ones, of inversions
         self.targets = targets(components.transformer, components.text_encoder, components.text_encoder_2)

@@ -20,7 +20,7 @@ from pipelines.flux.plan import Adapters
 from pipelines.flux.sampling import Grid
 from schemas.endpoints.flux_dev import Output
 from schemas.errors import Location, NotFinite
-from schemas.fields import ImageSize, ImageSizePreset, resolve
+from schemas.fields import EndpointInput, ImageSize, ImageSizePreset, resolve
 
 
 class LoraWish(Protocol):
@@ -63,12 +63,17 @@ class FluxPipeline(Pipeline[InputT, FluxModel]):
             prompt=request.model_dump(include={"prompt"})["prompt"],
         )
 
-    def _grid(self, size: ImageSize | ImageSizePreset | None, start: Picture) -> Grid:
-        """The size asked for, or the start picture's, scaled down to what this server makes."""
+    def _grid(self, request: EndpointInput, size: ImageSize | ImageSizePreset | None, start: Picture) -> Grid:
+        """The size asked for, or the start picture's, scaled down to what this server makes.
+
+        Raises InputError where that is too much work.
+        """
         if size is not None:
             size = resolve(size)
             return Grid.of(size.width, size.height)
-        return Grid.within(start.width, start.height, self.model.max_pixels)
+        grid = Grid.within(start.width, start.height, self.model.limits.max_pixels)
+        request.check_work(ImageSize(width=grid.width, height=grid.height), self.model.limits)
+        return grid
 
     def _read_loras(self, field: str, wishes: Sequence[LoraWish], assets: Assets) -> list[FoundLora]:
         """The LoRAs of a field, checked. Raises InputError with the path of what is wrong."""

@@ -24,6 +24,7 @@ from pipelines.sd.tiles import Tile, tiles
 from pipelines.sd.trace import Trace
 from schemas.endpoints.lora_image_to_image import Input, Output
 from schemas.errors import FieldError, InputError, Location
+from schemas.fields import ImageSize
 
 SIDE = 1024  # of a picture without a start picture
 MAX_TRACE_BYTES = 2**30  # of pictures that a request gets for debugging, before they are compressed
@@ -33,6 +34,7 @@ class Pipeline(SdPipeline[Input]):
     """The end of a schedule from the start picture noised, or all of it from noise."""
 
     def hold(self, request: Input, assets: Assets) -> ExitStack:
+        self._grid(request, assets)
         with ExitStack() as held:
             gather(self.model, request, assets, held)
             return held.pop_all()
@@ -70,7 +72,7 @@ class Pipeline(SdPipeline[Input]):
         )
 
     def _samples(self, request: Input, assets: Assets, kit: Kit, seed: int) -> tuple[Sample, ...]:
-        base, grid = kit.base, self._grid(assets)
+        base, grid = kit.base, self._grid(request, assets)
         _check_steps(request, base)
         views = tiles(
             grid,
@@ -105,11 +107,13 @@ class Pipeline(SdPipeline[Input]):
 
         return tuple(sample(number) for number in range(request.num_images))
 
-    def _grid(self, assets: Assets) -> Grid:
-        """The start picture's size, scaled down to what this server makes."""
+    def _grid(self, request: Input, assets: Assets) -> Grid:
+        """The start picture's size, scaled down to what this server makes. Raises InputError."""
         start = assets.images.get(("body", "image_url"))
         width, height = start.size if start else (SIDE, SIDE)
-        return Grid.within(width, height, self.model.max_pixels)
+        grid = Grid.within(width, height, self.model.limits.max_pixels)
+        request.check_work(ImageSize(width=grid.width, height=grid.height), self.model.limits)
+        return grid
 
     def _texts(self, request: Input, assets: Assets, kit: Kit) -> tuple[Encoding, Encoding]:
         """The prompt and the negative one."""
