@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from schemas.errors import AssetError
+from schemas.errors import AssetError, NotFinite
 
 Format = Literal["jpeg", "png"]
 
@@ -18,7 +18,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def from_tensor(pixels: Tensor) -> Image.Image:
-    """[3, height, width] in [-1, 1], clamped → an RGB picture."""
+    """[3, height, width] in [-1, 1], clamped → an RGB picture. Raises NotFinite: NaN would be black."""
+    if not torch.isfinite(pixels).all():
+        raise NotFinite
     scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
     array = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
     return Image.fromarray(array)

@@ -23,6 +23,8 @@
         ├── StoreDown           503, the queue's database or the file store cannot be reached or written
         ├── BrokenOff           500, an answer that has begun cannot be finished
         ├── InternalError       500, the model failed on a valid request
+        │   ├── OutOfMemory     500, there is not the memory on the device
+        │   └── NotFinite       500, the model's numbers make no picture
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
         ├── StartTimeout        504, the caller's own start deadline passed
@@ -251,6 +253,32 @@ class InternalError(ServerError):
     def body(self) -> dict[str, Any]:
         detail = FieldError(("body",), self.message, self.error_type)
         return {"detail": [detail.body()], "error_type": self.error_type, "message": self.message}
+
+
+class OutOfMemory(InternalError):
+    """The device has not the memory for the request alone."""
+
+    error_type = "out_of_memory"
+
+    def __init__(
+        self,
+        message: str = "The device has not enough memory for the request; "
+        "ask for a smaller size, fewer images or fewer adapters.",
+    ) -> None:
+        super().__init__(message)
+
+
+class NotFinite(InternalError):
+    """The model's numbers overflowed on the way, so that there is no picture."""
+
+    error_type = "not_finite"
+
+    def __init__(
+        self,
+        message: str = "The model's numbers overflowed and make no picture; "
+        "try another seed, size, guidance scale or other adapters.",
+    ) -> None:
+        super().__init__(message)
 
 
 class BrokenOff(ServerError):

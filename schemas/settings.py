@@ -21,6 +21,9 @@ EASYCONTROLS = {
 }
 
 
+SafetyPolicy = Literal["asked", "always"]
+
+
 class Settings(BaseModel):
     """The base of all settings."""
 
@@ -31,6 +34,9 @@ class Limits(Settings):
     """What one request may ask for beyond what its schema says."""
 
     max_pixels: int = Field(2048 * 2048, gt=0, description="width × height of one picture")
+    max_megapixel_steps: float = Field(
+        2500, gt=0, description="width × height in millions, times images, times steps, of one request"
+    )
 
 
 class LeaseSettings(Settings):
@@ -253,6 +259,11 @@ class ModelSettings(Settings):
     safety_checker: str | None = Field(
         None, description="the same kinds of source; null: requests that ask for it are not checked"
     )
+    safety: SafetyPolicy = Field(
+        "asked",
+        description="which pictures are checked: those of requests with enable_safety_checker, or all, "
+        "whatever requests say, and without previews",
+    )
     device: Annotated[str, Field(pattern=r"^(cpu|cuda|mps)(:\d+)?$")] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_sequence_length: int = Field(512, ge=1, le=512, description="T5 tokens of a prompt")
@@ -300,6 +311,12 @@ class ModelSettings(Settings):
     max_replicas: int = Field(1, ge=1)
     concurrency: int = Field(8, ge=1, description="requests that one replica runs at once")
     drain_s: float = Field(120, gt=0, description="longest wait for running images at a shutdown")
+
+    @model_validator(mode="after")
+    def _can_check(self) -> "ModelSettings":
+        if self.safety == "always" and self.safety_checker is None:
+            raise ValueError("safety: always needs a safety_checker")
+        return self
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> "ModelSettings":

@@ -22,7 +22,7 @@ from deployments.affinity import Tier
 from deployments.files.store import FileStore, open_files
 from deployments.worker import Worker
 from pipelines import zoo
-from pipelines.base import Assets, Outcome
+from pipelines.base import Assets, Glimpse, Outcome
 from pipelines.registry import ENDPOINTS, endpoint
 from pipelines.sd import loading
 from schemas.assets import Asset, AssetKind, weights
@@ -426,7 +426,8 @@ async def test_what_cannot_be_held_is_told_of_its_field(
 @pytest.fixture
 def outcome_of(make_worker: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[Outcome]]:
     """What a pipeline is given to answer with; it has traced two pictures."""
-    traced = [("0_0001", Image.new("RGB", (8, 6), "red")), ("0_0002", Image.new("RGB", (8, 6), "white"))]
+    colours = {"0_0001": "red", "0_0002": "white"}
+    traced = [Glimpse(0, name, Image.new("RGB", (8, 6), colour)) for name, colour in colours.items()]
 
     async def outcome_of(settings: dict[str, Any], **fields: Any) -> Outcome:
         worker = make_worker(**settings)
