@@ -1,6 +1,7 @@
 """Strangers' pictures, decoded in processes of their own."""
 
 import asyncio
+import ctypes
 import os
 import select
 import signal
@@ -173,12 +174,12 @@ def ended(pid: int) -> Iterator[Callable[[], None]]:
     """What waits until the process is no more."""
     handle = os.pidfd_open(pid)
     try:
-        yield lambda: assert_readable(handle)
+        yield lambda: _await_end(handle)
     finally:
         os.close(handle)
 
 
-def assert_readable(handle: int) -> None:
+def _await_end(handle: int) -> None:
     readable, _, _ = select.select([handle], [], [], 60)
     assert readable, "the process goes on"
 
@@ -264,20 +265,28 @@ asyncio.run(main())
 """
 
 
+@pytest.fixture
+def foster() -> Iterator[None]:
+    """Orphans of this process's children become its own, so that it is told how they end."""
+    set_child_subreaper = 36
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+    yield
+    prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
+@pytest.mark.usefixtures("foster")
 def test_t15_no_process_outlives_the_one_that_has_started_it() -> None:
     root = Path(__file__).parents[3]
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
+    words = [sys.executable, "-c", OWNER]
+    owner = subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE)
     with owner:
         assert owner.stdout is not None
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         assert len(pids) == 2
-        handles = [os.pidfd_open(pid) for pid in pids]
         owner.kill()
-    for handle in handles:
-        assert_readable(handle)
-        os.close(handle)
+    for pid in pids:  # one idle, one at work, which would else go on to the end of its time
+        with ended(pid) as wait:
+            wait()
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
