@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo serve test check bench clean
+.PHONY: demo serve test fuzz check bench clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,11 @@ SERVERS := tests/serve tests/clients tests/faults
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(SERVERS))
 	$(BIN)/python -m pytest --reruns 1 $(SERVERS)
+
+# What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says.
+fuzz: export DARKROOM_FUZZ ?= 20000
+fuzz: .venv/.dev
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Holds one resident model and runs jobs on it. It knows neither the queue nor HTTP.
 
 Threads overlap: large weights are loaded on some, texts and images are encoded on one, the engine
-denoises on its own, pictures are decoded, checked and compressed on another. This file is the one
-bridge between the asynchronous deployments and the synchronous pipelines.
+denoises on its own, pictures are decoded, checked and compressed on another. Pictures in requests
+are decoded in processes of their own, which a stranger's file may end. This file is the one bridge
+between the asynchronous deployments and the synchronous pipelines.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
 from deployments.files.weights import Weights
 from deployments.holdings import Holdings
+from deployments.pictures.decoders import Decoders
 from deployments.progress import Progress
 from pipelines import images, registry, zoo
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
@@ -83,6 +85,7 @@ class Worker:
         self._holdings = Holdings(model)
         self.seconds = USUAL_S
         self._exit = Exit(_load_safety_checker(settings), settings.safety)
+        self._decoders = Decoders(settings.picture_decoders)
         # as many as there are jobs: one that waits for room there must not stop another
         self._loading = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="load")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -97,6 +100,7 @@ class Worker:
 
     def close(self) -> None:
         self._engine.close()
+        self._decoders.close()
         self._loading.shutdown(wait=False, cancel_futures=True)  # a job may wait for room in vain by now
         self._encoding.shutdown(cancel_futures=True)
         self._decoding.shutdown(cancel_futures=True)
@@ -239,8 +243,7 @@ class Worker:
             try:
                 if asset.kind is AssetKind.IMAGE:
                     data = await self._fetcher.image(asset.source, job.base_url)
-                    picture: Picture = await self._off_loop(self._encoding, images.decode, data)
-                    return picture
+                    return await self._decoders.decode(data)
                 if asset.kind is AssetKind.CONFIG:
                     return await self._fetcher.config(asset.source, job.base_url)
                 lease = await self._weights.locate(asset, job.base_url, lambda line: emit(Logged(line)))

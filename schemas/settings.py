@@ -301,6 +301,9 @@ class ModelSettings(Settings):
     noise_bytes: int = Field(2**28, ge=0, description="RAM for the structured noise of inversions")
     lora_ram_bytes: int = Field(4 * 2**30, ge=0, description="LoRA files kept in RAM")
     cpu_threads: int | None = Field(None, ge=1, description="torch threads; null: all cores")
+    picture_decoders: int = Field(
+        2, ge=1, description="processes that decode the pictures in requests, at most 0.5 GiB each"
+    )
     limits: Limits = Limits()
     fetch: FetchSettings = FetchSettings()
     weights: WeightSettings = WeightSettings()
