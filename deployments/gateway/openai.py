@@ -91,10 +91,10 @@ class _Images:
 
     async def _submit(self, request: Request, endpoint_id: str, asked: Mapping[str, Any]) -> Accepted:
         base_url = self._gateway.settings.public_url or wishes.base_url(request)
-        caller = Caller(request.state.tenant, base_url)
+        caller = Caller(request.state.actor, base_url)
         kind = registry.endpoint(endpoint_id).input_type()
         return await self._gateway.submit(
-            endpoint_id, _fields(asked, kind), caller, wishes.read(request, previews=False)
+            endpoint_id, _fields(asked, kind), caller, wishes.read(request, previews=False, waits=True)
         )
 
     async def _asked(self, request: Request) -> dict[str, Any]:
@@ -199,4 +199,4 @@ def _failure(error: DarkroomError) -> Response:
     }
     status = 400 if error.status == 422 else error.status
     headers = {"x-should-retry": str(error.retryable).lower()}  # which OpenAI's clients obey
-    return answers.Json({"error": told}, status, headers)
+    return answers.Json({"error": told}, status, {**headers, **answers.retry_header(error)})

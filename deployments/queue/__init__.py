@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from deployments.queue.audit import Audit
+from deployments.queue.keys import KeyTable
 from deployments.queue.outbox import Outbox
 from deployments.queue.queue import Queue
 from schemas.settings import LeaseSettings, local_path
 
-__all__ = ["Outbox", "Queue", "open_outbox", "open_queue"]
+__all__ = ["Audit", "KeyTable", "Outbox", "Queue", "open_audit", "open_keys", "open_outbox", "open_queue"]
 
 
 def open_queue(url: str, lease: LeaseSettings) -> Queue:
@@ -21,6 +23,20 @@ def open_outbox(url: str, lease_s: float) -> Outbox:
     from deployments.queue.sqlite import SqliteDatabase
 
     return Outbox(SqliteDatabase(_path(url)), lease_s)
+
+
+def open_keys(url: str) -> KeyTable:
+    """Open the keys in the queue at `url`, as `open_queue` does, on connections of their own."""
+    from deployments.queue.sqlite import SqliteDatabase
+
+    return KeyTable(SqliteDatabase(_path(url)))
+
+
+def open_audit(url: str) -> Audit:
+    """Open the audit in the queue at `url`, as `open_queue` does, on connections of its own."""
+    from deployments.queue.sqlite import SqliteDatabase
+
+    return Audit(SqliteDatabase(_path(url)))
 
 
 def _path(url: str) -> Path:

@@ -17,10 +17,20 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, RowMapping
 
-from deployments.queue import rows
+from deployments.queue import audit, limits, rows
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
-from schemas.errors import BadRequest, Cancelled, Erased, KeyReused, QueueFull, StartTimeout, WorkerLost
+from schemas.access import Action, Actor
+from schemas.errors import (
+    BadRequest,
+    Cancelled,
+    Erased,
+    KeyReused,
+    QueueFull,
+    RequestError,
+    StartTimeout,
+    WorkerLost,
+)
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -84,14 +94,18 @@ class Queue:
         notes: Sequence[JobEvent] = (),
         max_ahead: int | None = None,
         once: Once | None = None,
+        by: Actor | None = None,
+        *,
+        waits: bool = False,
     ) -> Receipt:
-        """Accept a job. When this returns it is on disk and will reach a result.
+        """Accept a job. When this returns it is on disk and will reach a result. `waits`: it is a run.
 
         Under a key that is known, the receipt is of the request that came first, and nothing is kept.
         Raises QueueFull, and keeps nothing, when more than `max_ahead` jobs run before it; KeyReused when
-        the key came with another input.
+        the key came with another input; what limits.admit says when the caller may not submit more.
         """
         now = self._clock()
+        actor = by or Actor(job.tenant)
         deadline = None if job.start_timeout_s is None else now + job.start_timeout_s
         values = rows.job_values(job) | {
             "state": State.QUEUED,
@@ -104,9 +118,14 @@ class Queue:
             "cancel_requested": False,
         }
 
-        def operation(connection: Connection) -> Receipt:
+        def operation(connection: Connection) -> Receipt | RequestError:
             if once is not None and (known := _submitted(connection, job, once, now)) is not None:
                 return known
+            if (refusal := limits.admit(connection, actor, now, waits=waits)) is not None:
+                return refusal
+            if once is not None:
+                _remember(connection, job, once, now)
+            audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
             seq = connection.execute(sql.ACCEPT, values).scalar_one()
             _append(connection, job.request_id, notes, now)
             position = _position(connection, job.model, job.priority, seq)
@@ -115,6 +134,8 @@ class Queue:
             return Receipt(job.request_id, position)
 
         receipt = await self._write(operation)
+        if isinstance(receipt, RequestError):
+            raise receipt
         self.wake()
         return receipt
 
@@ -137,11 +158,12 @@ class Queue:
 
         return await self._database.read(operation)
 
-    async def erase(self, request_id: str, tenant: str) -> Record | None:
+    async def erase(self, request_id: str, tenant: str, by: Actor | None = None) -> Record | None:
         """Delete the input, the output and the log of a completed request. Returns what it was, or None.
 
         Raises BadRequest while it is not completed.
         """
+        now = self._clock()
 
         def operation(connection: Connection) -> Record | None:
             record = _find(connection, request_id, tenant)
@@ -149,7 +171,9 @@ class Queue:
                 return None
             if record.state != State.COMPLETED:
                 raise BadRequest("The request is still in progress; cancel it first.")
-            _erase(connection, request_id)
+            if record.result is None or record.result.error_type != Erased.error_type:
+                _erase(connection, request_id)
+                audit.note(connection, Action.ERASE, by or Actor(tenant), request_id, now)
             return record
 
         return await self._write(operation)
@@ -188,8 +212,9 @@ class Queue:
             if not self._watchers[request_id]:
                 del self._watchers[request_id]
 
-    async def cancel(self, request_id: str, tenant: str) -> CancelOutcome:
-        """Give a request up. One that waits ends here; one that runs ends within a step."""
+    async def cancel(self, request_id: str, tenant: str, by: Actor | None = None) -> CancelOutcome:
+        """Give a request up. One that waits ends here; one that runs ends within a step. Without `by` the
+        server does it, for a caller that has left."""
         now = self._clock()
 
         def operation(connection: Connection) -> CancelOutcome:
@@ -198,11 +223,14 @@ class Queue:
                 return CancelOutcome.NOT_FOUND
             if record.state == State.COMPLETED:
                 return CancelOutcome.ALREADY_COMPLETED
+            if record.cancel_requested:
+                return CancelOutcome.REQUESTED
             if record.state == State.QUEUED:
                 _complete(connection, record.job, JobResult.failure(Cancelled()), now)
             else:
                 _set(connection, request_id, cancel_requested=True)
                 _note_change(connection, request_id, now)
+            audit.note(connection, Action.CANCEL, by or Actor(tenant), request_id, now)
             return CancelOutcome.REQUESTED
 
         outcome = await self._write(operation)
@@ -425,7 +453,7 @@ def _find(connection: Connection, request_id: str, tenant: str) -> Record | None
 
 
 def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Receipt | None:
-    """The receipt of the submit that came first under the key. If there was none, this is the first.
+    """The receipt of the submit that came first under the key, or None if there was none.
 
     A request that was cancelled, or failed for no fault of its own, does not count: its caller tries again.
     """
@@ -438,10 +466,15 @@ def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Rece
         is_queued = row["state"] == State.QUEUED
         position = _position(connection, row["model"], row["priority"], row["seq"]) if is_queued else 0
         return Receipt(row["request_id"], position, replayed=True)
+    return None
+
+
+def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
+    """This submit is the first under its key."""
+    place = {"tenant": job.tenant, "key": once.key}
     connection.execute(sql.FORGET_KEY, place)
     new = {"fingerprint": once.fingerprint, "request_id": job.request_id, "at": now}
     connection.execute(sql.REMEMBER_KEY, place | new)
-    return None
 
 
 def _position(connection: Connection, model: str, priority: int, seq: int) -> int:

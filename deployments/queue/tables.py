@@ -64,6 +64,7 @@ requests = Table(
     Index("requests_waiting", "model", "state", "priority", "seq"),
     Index("requests_leased", "state", "lease_until"),
     Index("requests_not_kept", "stores_io", "state", "finished_at"),
+    Index("requests_of_tenant", "tenant", "state"),
     sqlite_autoincrement=True,
 )
 
@@ -127,5 +128,45 @@ tries = Table(
     Column("error", Text),
     Column("duration_s", Float),  # null while there is no outcome
     UniqueConstraint("delivery", "attempt"),
+    sqlite_autoincrement=True,
+)
+
+# The keys that open the server, beside those of its environment, and what each has used up. A row stays when
+# its key is revoked: a server that once had keys is never open again.
+keys = Table(
+    "keys",
+    metadata,
+    Column("key_id", String(100), primary_key=True),
+    Column("tenant", String(100), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("label", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("revoked_at", Float),
+    # what it may, see schemas.access.Allowance
+    Column("max_priority", Integer, nullable=False),
+    Column("per_minute", Integer),
+    Column("max_queued", Integer),
+    Column("max_running", Integer),
+    Column("daily_requests", Integer),
+    # what it did: a token bucket, and the requests of a day
+    Column("tokens", Float),  # at `filled_at`; null: full
+    Column("filled_at", Float),
+    Column("day", Integer),  # since the epoch
+    Column("used", Integer, nullable=False, server_default="0"),  # on that day
+    Index("keys_of_tenant", "tenant", "key_id"),
+)
+
+# Who did what. Rows are added, and never changed.
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("action", String(20), nullable=False),
+    Column("tenant", String(100), nullable=False),
+    Column("key_id", String(100)),
+    Column("address", String(45)),
+    Column("subject", String(100), nullable=False),
+    Index("audit_of_tenant", "tenant", "seq"),
     sqlite_autoincrement=True,
 )
