@@ -12,6 +12,7 @@ from schemas.jobs import State
 
 MINUTE_S = 60.0
 DAY_S = 86_400
+ROUNDING = 1e-6  # of a token: a request that comes when it was told to is taken
 
 # All of the tenant's keys: two of them count the same requests, so they take turns. Always in one order.
 LOCK = select(keys).where(keys.c.tenant == bindparam("tenant")).order_by(keys.c.key_id).with_for_update()
@@ -56,8 +57,8 @@ def admit(connection: Connection, by: Actor, now: float, *, waits: bool) -> Requ
         used |= {"day": day, "used": spent + 1}
     if may.per_minute is not None:
         tokens = _tokens(row["tokens"], row["filled_at"], now, may.per_minute)
-        if tokens < 1:
-            wait_s = ceil((1 - tokens) * MINUTE_S / may.per_minute)
+        if tokens < 1 - ROUNDING:
+            wait_s = ceil((1 - tokens - ROUNDING) * MINUTE_S / may.per_minute)
             return TooManyRequests(f"At most {may.per_minute} requests a minute.", wait_s)
         used |= {"tokens": tokens - 1, "filled_at": now}
     if used:
