@@ -1,12 +1,18 @@
 """Who may call."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deployments.gateway.keys import ANYONE, Keys, parse
-from schemas.access import digest
-from schemas.errors import NotAuthenticated
+from deployments.gateway.keys import ANYONE, LOOK_S, Keys, parse
+from deployments.gateway.throttle import Throttle
+from deployments.queue import KeyTable, open_keys
+from schemas.access import Actor, Allowance, digest
+from schemas.errors import NotAuthenticated, StoreDown, TooManyRequests
+from tests.support.jobs import Clock
 
 KEYS = Keys(parse("alice:s3cret, bob:with:colon"))
 PATH = "fal-ai/flux/dev/realtime"
@@ -122,3 +128,144 @@ async def test_a_forged_token_is_refused(forge: Callable[[str], str]) -> None:
 
 async def test_without_keys_any_token_will_do() -> None:
     assert await holder("whatever", PATH, Keys({})) == ANYONE
+
+
+# --- keys of the table ---
+
+
+class Broken:
+    """A table that can be read only when it is told to."""
+
+    def __init__(self, table: KeyTable) -> None:
+        self._table = table
+        self.is_down = False
+        self.looks = 0
+
+    async def since(self, known: Any) -> Any:
+        self.looks += 1
+        await asyncio.sleep(0)
+        if self.is_down:
+            raise StoreDown("away")
+        return await self._table.since(known)
+
+
+@pytest.fixture
+async def table(tmp_path: Path) -> AsyncIterator[KeyTable]:
+    table = open_keys(f"sqlite:///{tmp_path}/queue.sqlite3")
+    yield table
+    await table.close()
+
+
+@pytest.fixture
+def ticks() -> Clock:
+    return Clock()
+
+
+def keys_of(table: Any, ticks: Clock, text: str = "") -> Keys:
+    return Keys(parse(text), table=table, ticks=ticks)
+
+
+async def opens(keys: Keys, shown: str) -> bool:
+    try:
+        await keys.actor([f"Key {shown}"])
+    except NotAuthenticated:
+        return False
+    return True
+
+
+async def test_a_key_of_the_table_says_who_calls_and_what_it_may(table: KeyTable, ticks: Clock) -> None:
+    key, secret = await table.create("alice", allowance=Allowance(per_minute=5))
+    actor = await keys_of(table, ticks).actor([f"Key {key.key_id}:{secret}"], "192.0.2.7")
+    assert actor == Actor("alice", key.key_id, "192.0.2.7", Allowance(per_minute=5))
+
+
+async def test_t01_a_key_opens_and_ends_within_two_seconds_in_every_process(
+    table: KeyTable, ticks: Clock
+) -> None:
+    processes = [keys_of(table, ticks, "env:secret") for _ in range(3)]
+    for each in processes:
+        assert await opens(each, "env:secret")
+    key, secret = await table.create("alice")
+    ticks.now += LOOK_S
+    assert [await opens(each, f"{key.key_id}:{secret}") for each in processes] == [True] * 3
+    await table.revoke(key.key_id)
+    ticks.now += LOOK_S
+    assert [await opens(each, f"{key.key_id}:{secret}") for each in processes] == [False] * 3
+    assert [await opens(each, "env:secret") for each in processes] == [True] * 3
+    assert LOOK_S < 2
+
+
+async def test_t01_the_first_key_closes_the_server_for_good(table: KeyTable, ticks: Clock) -> None:
+    keys = keys_of(table, ticks)
+    anyone = await keys.actor([])
+    assert anyone.tenant == ANYONE and not keys.are_required
+    await keys.check(anyone)
+    key, _ = await table.create()
+    ticks.now += LOOK_S
+    with pytest.raises(NotAuthenticated):
+        await keys.actor([])
+    with pytest.raises(NotAuthenticated, match="revoked"):
+        await keys.check(anyone)  # what began when the server was open
+    await table.revoke(key.key_id)
+    ticks.now += LOOK_S
+    for later in (keys, keys_of(table, ticks)):  # also after a start
+        with pytest.raises(NotAuthenticated):
+            await later.actor([])
+        assert later.are_required
+
+
+async def test_t01_tokens_end_with_the_key(table: KeyTable, ticks: Clock) -> None:
+    keys = keys_of(table, ticks)
+    key, _ = await table.create("alice")
+    await keys.refresh()
+    word = keys.issue(key.key_id, ["flux"], 120)
+    assert await holder(word, PATH, keys) == "alice"
+    await table.revoke(key.key_id)
+    ticks.now += LOOK_S
+    with pytest.raises(NotAuthenticated):
+        await holder(word, PATH, keys)
+
+
+async def test_a_key_of_the_environment_wins_over_the_table(table: KeyTable, ticks: Clock) -> None:
+    key, secret = await table.create("alice")
+    keys = keys_of(table, ticks, f"{key.key_id}:mine")
+    assert await opens(keys, f"{key.key_id}:mine") and not await opens(keys, f"{key.key_id}:{secret}")
+
+
+async def test_however_many_call_the_table_is_read_once_a_second(table: KeyTable, ticks: Clock) -> None:
+    watched = Broken(table)
+    keys = keys_of(watched, ticks)
+    for second in (1, 2, 3):
+        await asyncio.gather(*(keys.refresh() for _ in range(50)))
+        ticks.now += LOOK_S / 2
+        await keys.refresh()
+        assert watched.looks == second
+        ticks.now += LOOK_S / 2
+
+
+async def test_t01_while_the_table_cannot_be_read_nothing_new_opens(table: KeyTable, ticks: Clock) -> None:
+    key, secret = await table.create("alice")
+    watched = Broken(table)
+    watched.is_down = True
+    keys = keys_of(watched, ticks, "env:secret")
+    with pytest.raises(StoreDown):  # it may hold what closes the server
+        await keys.actor([])
+    watched.is_down = False
+    assert await opens(keys, f"{key.key_id}:{secret}")
+    watched.is_down = True
+    ticks.now += 10 * LOOK_S
+    assert await opens(keys, f"{key.key_id}:{secret}")
+    assert not await opens(keys, f"{key.key_id}:guess")
+
+
+async def test_t02_an_address_that_shows_wrong_keys_is_throttled_but_never_locked_out() -> None:
+    keys = Keys(parse("alice:s3cret"), throttle=Throttle(2))
+    for error in (NotAuthenticated, NotAuthenticated, TooManyRequests, TooManyRequests):
+        with pytest.raises(error):
+            await keys.actor(["Key alice:guess"], "192.0.2.7")
+    assert (await keys.actor(["Key alice:s3cret"], "192.0.2.7")).tenant == "alice"
+    for given in ([], ["Key alice:guess"]):
+        with pytest.raises(NotAuthenticated):
+            await keys.actor(given, "192.0.2.8")
+    with pytest.raises(NotAuthenticated):
+        await keys.actor([], "192.0.2.7", token="old", path=PATH)  # a browser's may just have expired
