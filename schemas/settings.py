@@ -115,7 +115,7 @@ class FrontSettings(Settings):
         "or blanks, beside those of `darkroom keys`; without any key authentication is off",
     )
     bad_keys_per_minute: int = Field(
-        30, ge=1, description="wrong keys of one address, beyond which a gateway replica answers 429 to them"
+        60, ge=1, description="wrong keys of one address, beyond which a gateway replica answers 429 to them"
     )
     proxies: int = Field(
         0,

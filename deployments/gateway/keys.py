@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ANYONE = "public"  # the tenant when authentication is off
 LOOK_S = 1.0  # how old what is known of the table may be
 MAX_CREDENTIALS = 1000  # characters
-BAD_KEYS = 30  # of an address in a minute
+BAD_KEYS = 60  # of an address in a minute
 
 _NOBODY = digest("")
 
@@ -117,10 +117,7 @@ class Keys:
         if not self._are_required:
             return Actor(ANYONE, None, address)
         if given:
-            key = self._shown(given)
-            if key is None:
-                self._throttle.failed(address)
-                raise NotAuthenticated("invalid key credentials")
+            key = self._shown(given, address)
         elif token:
             key = self._signed_for(token, path)
         else:
@@ -133,14 +130,22 @@ class Keys:
         if self._are_required and actor.key_id not in self._live:
             raise NotAuthenticated("The key has been revoked.")
 
-    def _shown(self, given: Sequence[str]) -> Key | None:
-        """The key that one header shows, compared in constant time whether its id is known or not."""
+    def _shown(self, given: Sequence[str], address: str | None) -> Key:
+        """The key that one header shows, compared in constant time whether its id is known or not.
+
+        Raises NotAuthenticated, and for a guess too many TooManyRequests. What has not the form of a key is
+        a mistake and no guess.
+        """
         scheme, _, credentials = given[0].strip().partition(" ")
         key_id, _, secret = credentials.strip()[:MAX_CREDENTIALS].partition(":")
         key = self._live.get(key_id)
         matches = hmac.compare_digest(_NOBODY if key is None else key.digest, digest(secret))
         is_said = len(given) == 1 and scheme.lower() in ("key", "bearer") and secret != ""
-        return key if is_said and matches else None
+        if key is not None and is_said and matches:
+            return key
+        if is_said:
+            self._throttle.failed(address)
+        raise NotAuthenticated("invalid key credentials")
 
     # --- tokens ---
 

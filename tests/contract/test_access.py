@@ -3,11 +3,13 @@
 import asyncio
 from dataclasses import asdict
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
-from deployments.queue import Audit, KeyTable, Queue
+from deployments.queue import Audit, KeyTable, Outbox, Queue
 from schemas.access import Action, Actor, Allowance, Key
+from schemas.deliveries import DeliveryState
 from schemas.errors import (
     DarkroomError,
     KeyReused,
@@ -297,6 +299,19 @@ async def test_t37_keys_are_written_down_without_what_opens(table: KeyTable, aud
     assert not {secret, key.digest} & {
         str(value) for each in await audit.newest(9) for value in asdict(each).values()
     }
+
+
+async def test_t37_a_webhook_that_is_sent_again_is_written_down(queue: Queue, audit: Audit) -> None:
+    outbox = Outbox(queue._database, 60, queue.now)
+    job = make_job(tenant="alice", webhook_url="https://example.com/hook")
+    await queue.submit(job)
+    await queue.cancel(job.request_id, "alice")
+    assert await outbox.redeliver(str(uuid4())) is None
+    assert await outbox.redeliver(job.request_id) == DeliveryState.DUE
+    await outbox.claim({"example.com": 1})
+    assert await outbox.redeliver(job.request_id) == DeliveryState.SENDING  # is left as it is
+    actions = [action for action, by in await rows_of(audit, job.request_id) if by == Actor("alice")]
+    assert actions == [Action.SUBMIT, Action.CANCEL, Action.REDELIVER]
 
 
 async def test_t37_the_newest_rows_come_first_and_are_numbered(queue: Queue, audit: Audit) -> None:

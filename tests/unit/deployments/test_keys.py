@@ -264,6 +264,9 @@ async def test_t02_an_address_that_shows_wrong_keys_is_throttled_but_never_locke
         with pytest.raises(error):
             await keys.actor(["Key alice:guess"], "192.0.2.7")
     assert (await keys.actor(["Key alice:s3cret"], "192.0.2.7")).tenant == "alice"
+    for malformed in ("", "Key", "Key alice", "Key alice:", "Basic alice:s3cret", "alice:s3cret"):
+        with pytest.raises(NotAuthenticated):
+            await keys.actor([malformed], "192.0.2.7")  # is a mistake and no guess
     for given in ([], ["Key alice:guess"]):
         with pytest.raises(NotAuthenticated):
             await keys.actor(given, "192.0.2.8")
