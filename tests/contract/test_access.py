@@ -2,12 +2,13 @@
 
 import asyncio
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from deployments.queue import Audit, KeyTable, Outbox, Queue
+from deployments.queue import Audit, KeyTable, Outbox, Queue, open_keys, open_queue
 from schemas.access import Action, Actor, Allowance, Key
 from schemas.deliveries import DeliveryState
 from schemas.errors import (
@@ -21,6 +22,7 @@ from schemas.errors import (
     TooManyRuns,
 )
 from schemas.jobs import CancelOutcome, JobResult, Once, Priority
+from schemas.settings import LeaseSettings
 from tests.support.jobs import OUTPUT, Clock, make_job
 
 DAY_S = 86_400
@@ -325,3 +327,16 @@ async def test_t37_the_newest_rows_come_first_and_are_numbered(queue: Queue, aud
 def test_a_key_says_whether_a_submit_has_to_be_counted() -> None:
     assert not Key("id", "alice", "digest", allowance=Allowance(Priority.LOW)).allowance.counts
     assert Allowance(daily_requests=1).counts
+
+
+async def test_t34_limits_hold_over_every_process_that_takes_requests(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/queue.sqlite3"
+    gateways, table = [open_queue(url, LeaseSettings()) for _ in range(3)], open_keys(url)
+    by = await keyed(table, per_minute=20, max_queued=7)
+    calls = [submitted(queue, by) for queue in gateways for _ in range(20)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(each, str) for each in results) == 7
+    assert {type(each) for each in results} == {str, QueueFull}
+    await table.close()
+    for queue in gateways:
+        await queue.close()

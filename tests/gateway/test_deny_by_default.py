@@ -278,8 +278,9 @@ async def test_t01_the_other_kinds_of_scope_are_denied_but_for_lifespan(place: P
     layer._app = inner
     scope: dict[str, Any] = {"path": "/run/x", "query_string": b"", "headers": [], "client": None}
     await layer({**scope, "type": "lifespan"}, None, None)
-    with pytest.raises(NotAuthenticated):
-        await layer({**scope, "type": "webtransport"}, None, None)
+    for other in ({"type": "webtransport"}, {"type": "websocket", "path": "/health"}):
+        with pytest.raises(NotAuthenticated):
+            await layer({**scope, **other}, None, None)
     assert reached == ["lifespan"]
 
 
