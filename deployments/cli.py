@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from deployments import server
+from deployments import queue, server
 from deployments.connect import child
 from deployments.connect.authority import Authority, user_folder
 from deployments.connect.environment import variables
@@ -36,6 +36,7 @@ from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
 from schemas.access import Allowance
 from schemas.deliveries import DeliveryState
+from schemas.errors import StoreDown
 from schemas.jobs import Priority
 from schemas.settings import FrontSettings
 
@@ -290,7 +291,8 @@ def create_key(
 @key_table.command("list")
 def list_keys(config: Config = CONFIG) -> None:
     """List every key, with what it may and never with what opens."""
-    table = Table(Column("id", no_wrap=True, min_width=36), "tenant", "label", "created", "revoked", "limits")
+    limits = Column("limits", overflow="fold")
+    table = Table(Column("id", no_wrap=True, min_width=36), "tenant", "label", "created", "revoked", limits)
     for each in _with_keys(config, KeyTable.all):
         times = (_time(each.created_at), _time(each.revoked_at))
         cells = (each.key_id, each.tenant, each.label, *times, _limits(each.allowance))
@@ -348,6 +350,20 @@ def _in_queue(config: Path, opens: Callable[[str], OpenT], work: Callable[[OpenT
             await place.close()
 
     return asyncio.run(opened(_front(config).queue_url))
+
+
+@app.command()
+def migrate(
+    to: Annotated[
+        str, typer.Option(help="a revision; head is this version's own, base drops every table and row")
+    ] = "head",
+    queue_url: Annotated[str | None, typer.Option(help="instead of the configuration's")] = None,
+    config: Config = CONFIG,
+) -> None:
+    """Bring the queue's tables to a revision, up or down. The server itself brings them up when it starts."""
+    with _explained():
+        before, now = queue.migrate(queue_url or _front(config).queue_url, to)
+    console.print(f"from {before or 'no tables'} to {now or 'no tables'}", highlight=False)
 
 
 def _with_outbox(config: Path, work: Callable[[Outbox], Awaitable[T]]) -> T:
@@ -447,7 +463,15 @@ def _explained() -> Iterator[None]:
     """Say what is wrong in a line, without a traceback."""
     try:
         yield
-    except (Refused, RuntimeError, ValueError, OSError, httpx.TransportError, httpx.InvalidURL) as error:
+    except (
+        Refused,
+        StoreDown,
+        RuntimeError,
+        ValueError,
+        OSError,
+        httpx.TransportError,
+        httpx.InvalidURL,
+    ) as error:
         errors.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None
 

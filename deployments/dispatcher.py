@@ -20,9 +20,9 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
-from deployments.queue import Queue
+from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
-from schemas.errors import DarkroomError, NotReady, RunTimeout, StoreDown, WorkerLost
+from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
 from schemas.jobs import Claim, Job, JobResult, Update
 from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
@@ -120,13 +120,13 @@ class Dispatcher:
     async def _look(self) -> float:
         """Do what there is to do. Returns the seconds until something falls due."""
         now = self._queue.now()
-        if now >= self._next_sweep:
+        if now >= self._next_sweep and await self._queue.leads("upkeep", self.owner):
             await self._queue.sweep()
-        waiting = await self._queue.waiting(self.owner)
+        waiting = await self._queue.waiting(self.owner, self._windows)
         self._next_sweep = min(now + IDLE_S, waiting.next_due or now + IDLE_S)
         for request_id in waiting.cancelled & self._runs.keys():
             self._runs[request_id].task.cancel()
-        full = [model for model in waiting.models & self._windows.keys() if await self._fill(model)]
+        full = [model for model in waiting.models if await self._fill(model)]
         for model in full:
             await self._foresee(model)
         return max(0.0, self._next_sweep - self._queue.now())
@@ -196,39 +196,46 @@ class Dispatcher:
             await self._follow_in_time(claim)
         except asyncio.CancelledError:
             # its caller gave it up, its lease was lost, or we are closing; the queue knows which
-            await self._release(claim, crashed=False)
+            await self._release(claim, Setback.RETURNED)
         except NotReady as error:
             logger.warning("request %s waits: %s", request_id, error.message)
-            await self._release(claim, crashed=False, delay_s=IDLE_S)
+            await self._release(claim, Setback.UNSTARTED, IDLE_S)
         except WorkerLost as lost:
             logger.warning("request %s lost its worker: %s", request_id, lost.message)
-            await self._release(claim, crashed=True)
+            await self._release(claim, Setback.CRASHED)
         except Exception:
             logger.exception("request %s could not be run", request_id)
-            await self._release(claim, crashed=True)
+            await self._release(claim, Setback.CRASHED)
 
     async def _follow_in_time(self, claim: Claim) -> None:
-        """As `_follow`, for as long as requests of its model may run."""
-        limit = self._limits.get(claim.job.model)
-        watch = asyncio.timeout(limit)
+        """As `_follow`, if a worker begins in time, and for as long as requests of its model may run."""
+        limit_s = self._limits.get(claim.job.model)
+        deadline = claim.start_deadline
+        running = asyncio.timeout(limit_s)
+        starting = asyncio.timeout(None if deadline is None else deadline - self._queue.now())
         try:
-            async with watch:
-                await self._follow(claim)
+            async with running, starting:
+                await self._follow(claim, lambda: starting.reschedule(None))
         except TimeoutError:
-            if not watch.expired():
+            late: DarkroomError
+            if starting.expired():
+                late = StartTimeout()
+            elif running.expired():
+                late = RunTimeout(f"The request ran for longer than {limit_s:g} s, which this server allows.")
+            else:
                 raise
-            late = RunTimeout(f"The request ran for longer than {limit:g} s, which this server allows.")
             logger.warning("request %s: %s", claim.job.request_id, late.message)
             await _insist(partial(self._queue.finish, claim, JobResult.failure(late)))
 
-    async def _release(self, claim: Claim, *, crashed: bool, delay_s: float = 0) -> None:
-        await _insist(partial(self._queue.release, claim, crashed=crashed, delay_s=delay_s))
+    async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
+        await _insist(partial(self._queue.release, claim, setback, delay_s))
 
-    async def _follow(self, claim: Claim) -> None:
-        """Write down what the worker says until it gives the result."""
+    async def _follow(self, claim: Claim, began: Callable[[], None]) -> None:
+        """Write down what the worker says until it gives the result; its first word says that it began."""
         handle = self._connect(claim.job.model)
         async with contextlib.aclosing(handle.generate(claim.job)) as updates:
             async for update in updates:
+                began()
                 if not await _insist(partial(self._write, claim, update)):
                     return  # someone else has it
                 if update.result is not None:
@@ -238,7 +245,7 @@ class Dispatcher:
     async def _write(self, claim: Claim, update: Update) -> bool:
         """Keep an update. False when the claim is lost."""
         if update.result is None:
-            return await self._queue.record(claim, update.events)
+            return not update.events or await self._queue.record(claim, update.events)
         return await self._queue.finish(claim, update.result, update.events)
 
     async def _renew(self) -> None:

@@ -129,7 +129,7 @@ class Worker:
         if self._slots.locked():
             self.prefetch(job)
         outbox = _Outbox()
-        task = asyncio.create_task(self._perform(job, outbox.add))
+        task = asyncio.create_task(self._perform(job, outbox))
         task.add_done_callback(outbox.end)
         try:
             while not outbox.ended.is_set():
@@ -169,10 +169,12 @@ class Worker:
                 self._holdings.note(asset, lease.path)
                 lease.release()
 
-    async def _perform(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
+    async def _perform(self, job: Job, outbox: "_Outbox") -> JobResult:
         try:
             async with self._slots:
-                return await self._answer(job, emit)
+                if job.start_timeout_s is not None:
+                    outbox.filled.set()  # it has begun, and somebody waits to hear that
+                return await self._answer(job, outbox.add)
         except DarkroomError as error:
             return JobResult.failure(error)
         except Exception:

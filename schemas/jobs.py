@@ -97,7 +97,10 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a worker says since it last spoke: events, and with the last update the result."""
+    """What a worker says since it last spoke: events, and with the last update the result.
+
+    An empty one says that it has begun.
+    """
 
     events: tuple[JobEvent, ...] = ()
     result: JobResult | None = None
@@ -127,6 +130,7 @@ class Claim:
     job: Job
     fence: int
     attempt: int  # 1 for the first
+    start_deadline: float | None = None  # a worker must have begun by then, seconds since the epoch
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_IMAGE_BYTES = 50 * 2**20  # what fal.ai's own toolkit downloads at most
+DAY_S = 86_400.0
+KEEP_RESULTS_S = 30 * DAY_S  # as fal.ai
 
 
 # The methods that fal names, in the files of https://huggingface.co/Xiaojiu-Z/EasyControl
@@ -37,7 +39,12 @@ class LeaseSettings(Settings):
     lease_s: float = Field(30, gt=0, description="a claim not renewed for so long is lost")
     heartbeat_s: float = Field(10, gt=0, description="how often claims are renewed")
     max_crashes: int = Field(3, ge=1, description="lost workers after which a request is given up")
-    backoff_s: float = Field(1, ge=0, description="wait after the first crash; doubles with each")
+    max_attempts: int = Field(
+        10, ge=1, description="starts after which a request is given up, whatever they ended with"
+    )
+    backoff_s: float = Field(
+        1, ge=0, description="wait after the first start that was lost; doubles with each"
+    )
 
     @model_validator(mode="after")
     def _beats_within_the_lease(self) -> "LeaseSettings":
@@ -103,7 +110,8 @@ class FrontSettings(Settings):
 
     queue_url: str = Field(
         "sqlite:///~/.local/share/darkroom/queue.sqlite3",
-        description="the durable queue; SQLite lies on a local disk of one node",
+        description="the durable queue: SQLite, on a local disk of one node, or PostgreSQL, as "
+        "postgresql://USER@HOST/DATABASE; its password may come from PGPASSWORD or PGPASSFILE",
     )
     files_url: str = Field("file://~/.local/share/darkroom/files", description="where pictures are kept")
     public_url: str | None = Field(
@@ -143,6 +151,14 @@ class FrontSettings(Settings):
     body_bytes_per_s: float = Field(1024, gt=0, description="and a second more for so many bytes that came")
     sweep_s: float = Field(
         600, gt=0, description="how often files whose time is over and uploads that were given up are removed"
+    )
+    keep_results_s: float = Field(
+        KEEP_RESULTS_S,
+        ge=DAY_S,
+        description="how long a finished request is known: its input, output, log and webhook",
+    )
+    keep_files_s: int | None = Field(
+        None, gt=0, description="how long a file is kept whose caller did not say; null: for good"
     )
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()

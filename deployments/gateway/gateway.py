@@ -59,7 +59,7 @@ class Wishes:
     start_timeout_s: float | None = None
     webhook_url: str | None = None
     max_queue_length: int | None = None  # refuse when more wait
-    keep_s: int | None = None  # how long the output's files are kept; None: for good
+    keep_s: int | None = None  # how long the output's files are kept; None: as the settings say
     previews: bool = False
     waits: bool = False  # it is a run: the caller stays for the result
     retries: bool = True  # run again after the loss of a worker
@@ -136,8 +136,7 @@ class Gateway:
         self._check_receiver(wishes.webhook_url)
         document = request.model_dump(mode="json", exclude_none=True)
         if caller.base_url:
-            limit = self.settings.max_image_bytes
-            document = await inline.stored(request, document, self.files, caller.base_url, limit)
+            document = await inline.stored(request, document, self.files, caller.base_url, self.settings)
         job = Job(
             request_id=str(uuid4()),
             endpoint_id=endpoint_id,
@@ -152,7 +151,7 @@ class Gateway:
             retries=wishes.retries,
             stores_io=wishes.stores_io,
             tags=wishes.tags,
-            keep_s=wishes.keep_s,
+            keep_s=wishes.keep_s or self.settings.keep_files_s,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
         if job.priority != wishes.priority:

@@ -8,6 +8,7 @@ from deployments.files.store import FileStore
 from schemas.assets import Asset, AssetKind, assets
 from schemas.errors import AssetError, FieldError, InputError, Location
 from schemas.fields import EndpointInput
+from schemas.settings import FrontSettings
 
 KEEP_CHARACTERS = 4096  # shorter ones are no burden
 
@@ -15,9 +16,15 @@ _MAGIC = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RI
 
 
 async def stored(
-    request: EndpointInput, document: dict[str, Any], files: FileStore, base_url: str, max_bytes: int
+    request: EndpointInput,
+    document: dict[str, Any],
+    files: FileStore,
+    base_url: str,
+    settings: FrontSettings,
 ) -> dict[str, Any]:
     """The request's JSON with URLs below `base_url` where long data URIs of pictures stood.
+
+    The pictures are kept as long as results are.
 
     Raises InputError for what is no picture that the workers read.
     """
@@ -27,8 +34,11 @@ async def stored(
         if ref.asset.kind is AssetKind.IMAGE and _is_long(ref.asset.source):
             try:
                 if ref.asset not in urls:
-                    data = await asyncio.to_thread(decode_data_uri, ref.asset.source, max_bytes)
-                    urls[ref.asset] = files.url(await files.save(data, _content_type(data)), base_url)
+                    data = await asyncio.to_thread(
+                        decode_data_uri, ref.asset.source, settings.max_image_bytes
+                    )
+                    key = await files.save(data, _content_type(data), settings.keep_results_s)
+                    urls[ref.asset] = files.url(key, base_url)
                 _replace(document, ref.loc, urls[ref.asset])
             except AssetError as error:
                 faults += error.at(ref.loc).fields

@@ -74,6 +74,7 @@ class _Uploads:
         self._uploads = gateway.uploads
         self._files = gateway.files
         self._public_url = gateway.settings.public_url
+        self._keep_s = gateway.settings.keep_files_s
         self._keys = keys
 
     async def initiate(self, request: Request) -> Response:
@@ -130,7 +131,7 @@ class _Uploads:
         if not _CONTENT_TYPE.fullmatch(content_type):
             raise BadRequest(f"{content_type[:200]!r} is no content type.")
         keep_s = lifecycle.keep_s(request.headers, lifecycle.UPLOADED, lifecycle.PREFERRED)
-        return await self._uploads.begin(name, content_type, keep_s)
+        return await self._uploads.begin(name, content_type, keep_s or self._keep_s)
 
     async def _announced(self, request: Request) -> Ticket:
         """A ticket for what the headers tell of the file."""

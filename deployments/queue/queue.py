@@ -3,7 +3,10 @@
 The life of a request: submit → queued → claim → running → finish → completed. A claim holds it under
 a lease that heartbeats renew; each claim raises the fence, and a write with an older fence is refused,
 so that a worker which was thought dead cannot speak. A lost lease or worker puts the request back at
-its old place, until it has cost `max_crashes` workers.
+its old place, until it has cost `max_crashes` workers or has been started `max_attempts` times.
+
+The order of a model's requests: by priority, then in turns among the tenants, and of one tenant in the
+order of acceptance.
 """
 
 import asyncio
@@ -11,26 +14,19 @@ import contextvars
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import Connection, RowMapping
+from sqlalchemy.exc import IntegrityError
 
-from deployments.queue import audit, limits, rows
+from deployments.queue import audit, limits, rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
+from deployments.queue.transitions import Setback, append, change, complete, erase, held, note, put_back, take
 from schemas.access import Action, Actor
-from schemas.errors import (
-    BadRequest,
-    Cancelled,
-    Erased,
-    KeyReused,
-    QueueFull,
-    RequestError,
-    StartTimeout,
-    WorkerLost,
-)
+from schemas.errors import BadRequest, Cancelled, Erased, KeyReused, QueueFull, RequestError
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -44,15 +40,14 @@ from schemas.jobs import (
     Snapshot,
     State,
 )
-from schemas.settings import LeaseSettings
+from schemas.settings import KEEP_RESULTS_S, LeaseSettings
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-KEY_S = 24 * 3600.0  # how long the key of a submit is remembered
-UNKEPT_S = 3600.0  # how long what is not to be kept can be fetched
 LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
+LEAD_S = 5.0  # a leader that is not heard of for so long is followed by another
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +63,15 @@ class Queue:
     """All verbs of the queue, on any database. `clock` gives seconds since the epoch."""
 
     def __init__(
-        self, database: Database, lease: LeaseSettings, clock: Callable[[], float] = time.time
+        self,
+        database: Database,
+        lease: LeaseSettings,
+        keep_results_s: float = KEEP_RESULTS_S,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._lease = lease
+        self._keep_results_s = keep_results_s
         self._clock = clock
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._feed: asyncio.Task[None] | None = None
@@ -126,9 +126,10 @@ class Queue:
             if once is not None:
                 _remember(connection, job, once, now)
             audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
-            seq = connection.execute(sql.ACCEPT, values).scalar_one()
-            _append(connection, job.request_id, notes, now)
-            position = _position(connection, job.model, job.priority, seq)
+            turn = connection.execute(sql.TURN, values).scalar_one()
+            seq = connection.execute(sql.ACCEPT, {**values, "turn": turn}).scalar_one()
+            append(connection, job.request_id, notes, now)
+            position = _position(connection, job.model, job.priority, turn, seq)
             if max_ahead is not None and position > max_ahead:
                 raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
             return Receipt(job.request_id, position)
@@ -172,7 +173,7 @@ class Queue:
             if record.state != State.COMPLETED:
                 raise BadRequest("The request is still in progress; cancel it first.")
             if record.result is None or record.result.error_type != Erased.error_type:
-                _erase(connection, request_id)
+                erase(connection, request_id)
                 audit.note(connection, Action.ERASE, by or Actor(tenant), request_id, now)
             return record
 
@@ -226,10 +227,10 @@ class Queue:
             if record.cancel_requested:
                 return CancelOutcome.REQUESTED
             if record.state == State.QUEUED:
-                _complete(connection, record.job, JobResult.failure(Cancelled()), now)
+                complete(connection, record.job, JobResult.failure(Cancelled()), now)
             else:
-                _set(connection, request_id, cancel_requested=True)
-                _note_change(connection, request_id, now)
+                change(connection, request_id, cancel_requested=True)
+                note(connection, request_id, now)
             audit.note(connection, Action.CANCEL, by or Actor(tenant), request_id, now)
             return CancelOutcome.REQUESTED
 
@@ -251,8 +252,8 @@ class Queue:
         """The queue's clock, seconds since the epoch."""
         return self._clock()
 
-    async def waiting(self, owner: str) -> Waiting:
-        """What a dispatcher named `owner` has to do now."""
+    async def waiting(self, owner: str, models: Collection[str]) -> Waiting:
+        """What a dispatcher named `owner` has to do now for these models."""
         now = self._clock()
 
         def operation(connection: Connection) -> Waiting:
@@ -261,7 +262,7 @@ class Queue:
                 connection.scalar(sql.NEXT_BACKOFF, {"now": now}),
             ]
             return Waiting(
-                frozenset(connection.scalars(sql.MODELS_WAITING, {"now": now})),
+                frozenset(each for each in models if _has_work(connection, each, now)),
                 frozenset(connection.scalars(sql.CANCELLED, {"owner": owner})),
                 min((at for at in due if at is not None), default=None),
             )
@@ -269,13 +270,13 @@ class Queue:
         return await self._database.read(operation)
 
     async def claim(self, model: str, owner: str, limit: int) -> list[Claim]:
-        """Up to `limit` requests of a model, in order of priority and then of acceptance."""
+        """Up to `limit` requests of a model, in their order."""
 
         def operation(connection: Connection) -> list[Claim]:
             now = self._clock()
             wanted = {"model": model, "now": now, "limit": limit}
             found = connection.execute(sql.CLAIMABLE, wanted).mappings().all()
-            return [_take(connection, row, owner, now, now + self._lease.lease_s) for row in found]
+            return [take(connection, row, owner, now, now + self._lease.lease_s) for row in found]
 
         return await self._write(operation)
 
@@ -309,9 +310,9 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> bool:
-            if _held(connection, claim) is None:
+            if held(connection, claim) is None:
                 return False
-            _append(connection, claim.job.request_id, news, now)
+            append(connection, claim.job.request_id, news, now)
             return True
 
         return await self._write(operation)
@@ -324,58 +325,62 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> bool:
-            row = _held(connection, claim)
+            row = held(connection, claim)
             if row is None:
                 return False
-            _append(connection, claim.job.request_id, news, now)
+            append(connection, claim.job.request_id, news, now)
             outcome = JobResult.failure(Cancelled()) if row["cancel_requested"] else result
-            _complete(connection, claim.job, outcome, now)
+            complete(connection, claim.job, outcome, now)
             return True
 
         return await self._write(operation)
 
-    async def release(self, claim: Claim, *, crashed: bool, delay_s: float = 0) -> bool:
-        """Give a claim back unfinished, to be claimed again after `delay_s`.
+    async def release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> bool:
+        """Give a claim back unfinished, to be claimed again after `delay_s`, or the backoff after a crash.
 
-        With `crashed`, the loss of a worker is counted and the delay is the backoff's.
+        False, and nothing changed, when the claim is lost.
         """
         now = self._clock()
 
         def operation(connection: Connection) -> bool:
-            row = _held(connection, claim)
+            row = held(connection, claim)
             if row is None:
                 return False
-            self._put_back(connection, row, now, crashed=crashed, delay_s=delay_s)
+            put_back(connection, row, setback, self._lease, now, delay_s)
             return True
 
         return await self._write(operation)
 
-    async def sweep(self) -> int:
-        """Put back what lost its lease, end what missed its start, erase what was not to be kept.
+    async def leads(self, role: str, owner: str) -> bool:
+        """Whether `owner` is the one that does this now; whoever asks no more is followed by another."""
+        now = self._clock()
+        place = {"of_role": role, "by": owner, "now": now, "until": now + LEAD_S}
+        leader = await self._database.read(lambda connection: connection.execute(sql.LEADER, place).first())
+        if leader is not None and leader.owner != owner and leader.lease_until >= now:
+            return False
+        if leader is not None and leader.owner == owner and leader.lease_until > now + LEAD_S / 2:
+            return True
 
-        Returns how many changed.
+        def operation(connection: Connection) -> bool:
+            if leader is None:
+                connection.execute(sql.FIRST_LEADER, {"role": role, "owner": "", "lease_until": 0.0})
+            return connection.scalar(sql.LEAD, place) is not None
+
+        try:
+            return await self._database.write(operation)
+        except IntegrityError:  # another was the first
+            return False
+
+    async def sweep(self) -> int:
+        """Do what time has made due: leases that lapsed, starts that were missed, results kept long enough.
+
+        Returns how many requests changed. Of each kind at most a batch: whoever sweeps again gets the rest.
         """
         now = self._clock()
-        times = {"now": now, "before": now - UNKEPT_S}
-
-        def look(connection: Connection) -> bool:
-            found = (connection.scalar(statement, times) for statement in (sql.ANY_DUE, sql.UNKEPT))
-            return any(each is not None for each in found)
-
-        def operation(connection: Connection) -> int:
-            found = connection.execute(sql.DUE, {"now": now}).mappings().all()
-            for row in found:
-                if row["state"] == State.RUNNING:
-                    self._put_back(connection, row, now, crashed=True)
-                else:
-                    timeout = JobResult.failure(StartTimeout())
-                    _complete(connection, rows.job(row), timeout, now)
-            unkept = connection.scalars(sql.UNKEPT, times).all()
-            for request_id in unkept:
-                _erase(connection, request_id)
-            return len(found) + len(unkept)
-
-        return await self._write(operation) if await self._database.read(look) else 0
+        times = upkeep.times(now, self._keep_results_s)
+        if not await self._database.read(lambda connection: connection.scalar(sql.ANY_UPKEEP, times)):
+            return 0
+        return await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
 
     async def reroute(self, routes: Mapping[str, str]) -> None:
         """Move what waits to the models that serve its endpoints now (endpoint id → model)."""
@@ -394,35 +399,6 @@ class Queue:
         if self._watchers:
             self.wake()
         return result
-
-    def _put_back(
-        self,
-        connection: Connection,
-        row: RowMapping,
-        now: float,
-        *,
-        crashed: bool,
-        delay_s: float = 0,
-    ) -> None:
-        crashes = row["crashes"] + int(crashed)
-        backoff = self._lease.backoff_s * 2 ** (crashes - 1) if crashed else delay_s
-        if row["cancel_requested"]:
-            _complete(connection, rows.job(row), JobResult.failure(Cancelled()), now)
-        elif crashes >= (self._lease.max_crashes if row["retries"] else 1):
-            lost = WorkerLost(f"The request was given up after it had lost {crashes} workers.")
-            _complete(connection, rows.job(row), JobResult.failure(lost), now)
-        else:
-            _set(
-                connection,
-                row["request_id"],
-                state=State.QUEUED,
-                crashes=crashes,
-                not_before=now + backoff,
-                start_deadline=None,  # it did start in time
-                lease_owner=None,
-                lease_until=None,
-            )
-            _note_change(connection, row["request_id"], now)
 
     async def _run_feed(self) -> None:
         """Wake the watchers of the requests that changed: one read for all of them."""
@@ -448,7 +424,7 @@ def _find(connection: Connection, request_id: str, tenant: str) -> Record | None
         return None
     position = None
     if row["state"] == State.QUEUED:
-        position = _position(connection, row["model"], row["priority"], row["seq"])
+        position = _position_of(connection, row)
     return rows.record(row, position)
 
 
@@ -458,13 +434,13 @@ def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Rece
     A request that was cancelled, or failed for no fault of its own, does not count: its caller tries again.
     """
     place = {"tenant": job.tenant, "key": once.key}
-    connection.execute(sql.FORGET_OLD_KEYS, {"before": now - KEY_S})
-    row = connection.execute(sql.SUBMITTED, place).mappings().first()
+    known = {**place, "keys_before": now - upkeep.KEY_S}
+    row = connection.execute(sql.SUBMITTED, known).mappings().first()
     if row is not None and row["error_type"] != Cancelled.error_type and not row["retryable"]:
         if row["once_fingerprint"] != once.fingerprint:
             raise KeyReused("This Idempotency-Key was used for another input; take a new one.")
         is_queued = row["state"] == State.QUEUED
-        position = _position(connection, row["model"], row["priority"], row["seq"]) if is_queued else 0
+        position = _position_of(connection, row) if is_queued else 0
         return Receipt(row["request_id"], position, replayed=True)
     return None
 
@@ -477,10 +453,18 @@ def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
     connection.execute(sql.REMEMBER_KEY, place | new)
 
 
-def _position(connection: Connection, model: str, priority: int, seq: int) -> int:
+def _position_of(connection: Connection, row: RowMapping) -> int:
+    return _position(connection, row["model"], row["priority"], row["turn"], row["seq"])
+
+
+def _position(connection: Connection, model: str, priority: int, turn: int, seq: int) -> int:
     """How many queued requests of the model run before this one."""
-    place = {"model": model, "priority": priority, "seq": seq}
+    place = {"model": model, "priority": priority, "turn": turn, "seq": seq}
     return int(connection.execute(sql.POSITION, place).scalar_one())
+
+
+def _has_work(connection: Connection, model: str, now: float) -> bool:
+    return connection.scalar(sql.ANY_CLAIMABLE, {"model": model, "now": now}) is not None
 
 
 def _events(connection: Connection, request_id: str, after: int) -> list[Event]:
@@ -510,61 +494,3 @@ def _changes_since(after: int) -> Callable[[Connection], tuple[int, set[str]]]:
         return max((seq for seq, _ in found), default=after), {name for _, name in found}
 
     return operation
-
-
-def _take(connection: Connection, row: RowMapping, owner: str, now: float, lease_until: float) -> Claim:
-    claim = Claim(rows.job(row), row["fence"] + 1, row["attempts"] + 1)
-    _set(
-        connection,
-        row["request_id"],
-        state=State.RUNNING,
-        started_at=now,
-        lease_owner=owner,
-        lease_until=lease_until,
-        fence=claim.fence,
-        attempts=claim.attempt,
-    )
-    _note_change(connection, row["request_id"], now)
-    return claim
-
-
-def _held(connection: Connection, claim: Claim) -> RowMapping | None:
-    """The row of a claim that still holds, or None."""
-    held = {"request_id": claim.job.request_id, "fence": claim.fence}
-    return connection.execute(sql.HELD, held).mappings().first()
-
-
-def _erase(connection: Connection, request_id: str) -> None:
-    """Delete the input, the output and the log of a completed request."""
-    connection.execute(sql.FORGET_EVENTS, {"request_id": request_id})
-    _set(connection, request_id, input={}, **rows.result_values(JobResult.failure(Erased())))
-
-
-def _complete(connection: Connection, job: Job, result: JobResult, now: float) -> None:
-    _set(
-        connection,
-        job.request_id,
-        state=State.COMPLETED,
-        finished_at=now,
-        lease_owner=None,
-        lease_until=None,
-        **rows.result_values(result),
-    )
-    connection.execute(sql.FORGET_PREVIEWS, {"request_id": job.request_id})
-    _note_change(connection, job.request_id, now)
-    if job.webhook_url is not None:
-        connection.execute(sql.OWE, rows.owed_values(job.request_id, job.webhook_url, now))
-
-
-def _set(connection: Connection, request_id: str, **values: Any) -> None:
-    connection.execute(sql.SET, {"of": request_id, **values})
-
-
-def _append(connection: Connection, request_id: str, news: Sequence[JobEvent], now: float) -> None:
-    if news:
-        connection.execute(sql.APPEND, [rows.event_values(request_id, each, now) for each in news])
-
-
-def _note_change(connection: Connection, request_id: str, now: float) -> None:
-    change = {"request_id": request_id, "kind": rows.STATE_CHANGE, "at": now, "payload": None}
-    connection.execute(sql.APPEND, change)

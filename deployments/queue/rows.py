@@ -41,7 +41,12 @@ def job(row: RowMapping) -> Job:
 
 def result_values(result: JobResult) -> dict[str, Any]:
     """The columns that a result fills."""
-    return asdict(result)
+    return asdict(result) | {"error": _text(result.error)}
+
+
+def _text(text: str | None) -> str | None:
+    """As every store takes it: PostgreSQL has no NUL."""
+    return None if text is None else text.replace("\0", "\ufffd")
 
 
 def _result(row: RowMapping) -> JobResult | None:

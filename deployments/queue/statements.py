@@ -1,17 +1,49 @@
 """The queue's SQL, built once: putting a statement together costs more than running it."""
 
-from sqlalchemy import BindParameter, and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    union_all,
+    update,
+)
 
 from deployments.queue.rows import STATE_CHANGE
-from deployments.queue.tables import deliveries, events, once, requests
-from schemas.errors import Erased
-from schemas.jobs import State
+from deployments.queue.tables import (
+    deliveries,
+    events,
+    is_completed,
+    is_queued,
+    is_running,
+    is_unkept,
+    leaders,
+    once,
+    requests,
+    tries,
+)
 
-_queued = requests.c.state == State.QUEUED
-_running = requests.c.state == State.RUNNING
 _now: BindParameter[float] = bindparam("now")
 
 # --- requests ---
+
+_of_model = and_(requests.c.model == bindparam("model"), is_queued)
+_of_priority = and_(_of_model, requests.c.priority == bindparam("priority"))
+
+# Start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996, equation 1) with every request of the same
+# cost: a request's turn is the one after its tenant's last, but never before what is served now.
+_after_own = select((func.max(requests.c.turn) + 1).label("turn")).where(
+    _of_priority, requests.c.tenant == bindparam("tenant")
+)
+_served_now = select(func.min(requests.c.turn).label("turn")).where(_of_priority)
+_turns = union_all(_after_own, _served_now).subquery()
+TURN = select(func.coalesce(func.max(_turns.c.turn), 0))
 
 ACCEPT = insert(requests).returning(requests.c.seq)
 
@@ -22,39 +54,41 @@ FIND = select(requests).where(
 # A request that a claim's fence still holds.
 HELD = (
     select(requests)
-    .where(requests.c.request_id == bindparam("request_id"), requests.c.fence == bindparam("fence"), _running)
+    .where(
+        requests.c.request_id == bindparam("request_id"), requests.c.fence == bindparam("fence"), is_running
+    )
     .with_for_update()
 )
 
 # Change the columns that are given beside `of`.
 SET = update(requests).where(requests.c.request_id == bindparam("of"))
 
-_of_model = and_(requests.c.model == bindparam("model"), _queued)
 _count = select(func.count()).select_from(requests)
 _higher = _count.where(_of_model, requests.c.priority < bindparam("priority"))
 _earlier = _count.where(
-    _of_model, requests.c.priority == bindparam("priority"), requests.c.seq < bindparam("seq")
+    _of_priority, tuple_(requests.c.turn, requests.c.seq) < tuple_(bindparam("turn"), bindparam("seq"))
 )
 
 # How many queued requests of the model run before this one: two ranges of one index.
 POSITION = select(_higher.scalar_subquery() + _earlier.scalar_subquery())
 
 # The next requests of a model: the head of one index.
+_may_start = and_(
+    requests.c.not_before <= _now,
+    or_(requests.c.start_deadline.is_(None), requests.c.start_deadline > _now),
+)
 UPCOMING = (
     select(requests)
-    .where(
-        _of_model,
-        requests.c.not_before <= _now,
-        or_(requests.c.start_deadline.is_(None), requests.c.start_deadline > _now),
-    )
-    .order_by(requests.c.priority, requests.c.seq)
+    .where(_of_model, _may_start)
+    .order_by(requests.c.priority, requests.c.turn, requests.c.seq)
     .limit(bindparam("limit"))
 )
 CLAIMABLE = UPCOMING.with_for_update(skip_locked=True)
+ANY_CLAIMABLE = select(requests.c.seq).where(_of_model, _may_start).limit(1)
 
 RENEW = (
     update(requests)
-    .where(requests.c.request_id == bindparam("of"), requests.c.fence == bindparam("fence_held"), _running)
+    .where(requests.c.request_id == bindparam("of"), requests.c.fence == bindparam("fence_held"), is_running)
     .values(lease_until=bindparam("until"))
     .returning(requests.c.request_id)
 )
@@ -62,33 +96,70 @@ RENEW = (
 REROUTE = (
     update(requests)
     .where(
-        _queued, requests.c.endpoint_id == bindparam("endpoint"), requests.c.model != bindparam("to_model")
+        is_queued, requests.c.endpoint_id == bindparam("endpoint"), requests.c.model != bindparam("to_model")
     )
     .values(model=bindparam("to_model"))
 )
 
-# What a dispatcher has to look after.
-_lapsed = and_(_running, requests.c.lease_until < _now)
-_overdue = and_(_queued, requests.c.start_deadline <= _now)
-DUE = select(requests).where(or_(_lapsed, _overdue)).with_for_update(skip_locked=True)
-ANY_DUE = select(requests.c.seq).where(or_(_lapsed, _overdue)).limit(1)
-_owed = select(deliveries.c.request_id).where(
-    deliveries.c.request_id == requests.c.request_id, deliveries.c.ended_at.is_(None)
-)
-_unkept = and_(
-    ~_owed.exists(),  # a webhook is made of what would be erased
-    requests.c.stores_io.is_(False),
-    requests.c.state == State.COMPLETED,
-    requests.c.finished_at <= bindparam("before"),
-    requests.c.error_type.is_distinct_from(Erased.error_type),
-)
-UNKEPT = select(requests.c.request_id).where(_unkept).limit(100)
-MODELS_WAITING = select(requests.c.model).where(_queued, requests.c.not_before <= _now).distinct()
 CANCELLED = select(requests.c.request_id).where(
-    _running, requests.c.cancel_requested, requests.c.lease_owner == bindparam("owner")
+    is_running, requests.c.cancel_requested, requests.c.lease_owner == bindparam("owner")
 )
-NEXT_DEADLINE = select(func.min(requests.c.start_deadline)).where(_queued)
-NEXT_BACKOFF = select(func.min(requests.c.not_before)).where(_queued, requests.c.not_before > _now)
+NEXT_DEADLINE = select(func.min(requests.c.start_deadline)).where(
+    is_queued, requests.c.start_deadline.is_not(None)
+)
+NEXT_BACKOFF = select(func.min(requests.c.not_before)).where(
+    is_queued, requests.c.fence > 0, requests.c.not_before > _now
+)
+
+# --- upkeep: what has fallen due, each along an index of its own ---
+
+_lapsed = and_(is_running, requests.c.lease_until < _now)
+_overdue = and_(is_queued, requests.c.start_deadline <= _now)
+LAPSED = select(requests).where(_lapsed).limit(bindparam("limit")).with_for_update(skip_locked=True)
+OVERDUE = select(requests).where(_overdue).limit(bindparam("limit")).with_for_update(skip_locked=True)
+
+# A webhook is made of what would be erased.
+_owes = exists().where(deliveries.c.request_id == requests.c.request_id, deliveries.c.ended_at.is_(None))
+_unkept = and_(is_unkept, requests.c.finished_at <= bindparam("unkept_before"), ~_owes)
+UNKEPT = select(requests.c.request_id).where(_unkept).limit(bindparam("limit"))
+_outlived = and_(is_completed, requests.c.finished_at <= bindparam("finished_before"), ~_owes)
+OUTLIVED = select(requests.c.request_id).where(_outlived).limit(bindparam("limit"))
+_old_key = once.c.at < bindparam("keys_before")
+
+ANY_UPKEEP = select(
+    or_(
+        exists().where(_lapsed),
+        exists().where(_overdue),
+        exists().where(_unkept),
+        exists().where(_outlived),
+        exists().where(_old_key),
+    )
+)
+
+_theirs: BindParameter[list[str]] = bindparam("request_ids", expanding=True)
+_their_deliveries = select(deliveries.c.seq).where(deliveries.c.request_id.in_(_theirs))
+
+# Delete requests and all that hangs on them, in this order.
+FORGET = (
+    delete(tries).where(tries.c.delivery.in_(_their_deliveries)),
+    delete(deliveries).where(deliveries.c.request_id.in_(_theirs)),
+    delete(events).where(events.c.request_id.in_(_theirs)),
+    delete(requests).where(requests.c.request_id.in_(_theirs)),
+)
+
+# --- leaders ---
+
+LEADER = select(leaders).where(leaders.c.role == bindparam("of_role"))
+FIRST_LEADER = insert(leaders)
+LEAD = (
+    update(leaders)
+    .where(
+        leaders.c.role == bindparam("of_role"),
+        or_(leaders.c.owner == bindparam("by"), leaders.c.lease_until < _now),
+    )
+    .values(owner=bindparam("by"), lease_until=bindparam("until"))
+    .returning(leaders.c.role)
+)
 
 # A tenant's newest requests, of some endpoints or of all.
 _newest_first = (
@@ -105,11 +176,15 @@ RECENT_OF = _newest_first.where(requests.c.endpoint_id.in_(bindparam("endpoints"
 SUBMITTED = (
     select(requests, once.c.fingerprint.label("once_fingerprint"))
     .join(once, once.c.request_id == requests.c.request_id)
-    .where(once.c.tenant == bindparam("tenant"), once.c.key == bindparam("key"))
+    .where(
+        once.c.tenant == bindparam("tenant"),
+        once.c.key == bindparam("key"),
+        once.c.at >= bindparam("keys_before"),
+    )
 )
 REMEMBER_KEY = insert(once)
 FORGET_KEY = delete(once).where(once.c.tenant == bindparam("tenant"), once.c.key == bindparam("key"))
-FORGET_OLD_KEYS = delete(once).where(once.c.at < bindparam("before"))
+FORGET_OLD_KEYS = delete(once).where(_old_key)
 
 # --- events and deliveries ---
 

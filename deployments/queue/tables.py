@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Float,
     Index,
     Integer,
@@ -17,21 +18,30 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
+    false,
+    literal_column,
     true,
 )
 
+from schemas.errors import Erased
+from schemas.jobs import State
+
 metadata = MetaData()
+
+Serial = BigInteger().with_variant(Integer, "sqlite")  # where INTEGER is as wide, and numbers by itself
 
 requests = Table(
     "requests",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),  # the order of acceptance
+    Column("seq", Serial, primary_key=True, autoincrement=True),  # the order of acceptance
     Column("request_id", String(36), nullable=False),
     Column("endpoint_id", String(200), nullable=False),
     Column("model", String(100), nullable=False),
     Column("tenant", String(100), nullable=False),
     Column("input", JSON, nullable=False),
     Column("priority", Integer, nullable=False),
+    Column("turn", BigInteger, nullable=False, server_default="0"),  # among the tenants of its priority
     Column("base_url", Text, nullable=False),
     Column("webhook_url", Text),
     Column("previews", Boolean, nullable=False),
@@ -61,19 +71,48 @@ requests = Table(
     Column("retryable", Boolean),
     Column("inference_s", Float),
     UniqueConstraint("request_id"),
-    Index("requests_waiting", "model", "state", "priority", "seq"),
-    Index("requests_leased", "state", "lease_until"),
-    Index("requests_not_kept", "stores_io", "state", "finished_at"),
-    Index("requests_of_tenant", "tenant", "state"),
     sqlite_autoincrement=True,
 )
+
+
+def _constant(text: str) -> ColumnElement[str]:
+    """In the SQL itself: a partial index serves no statement that has a parameter in its place."""
+    return literal_column(f"'{text}'", String)
+
+
+is_queued = requests.c.state == _constant(State.QUEUED)
+is_running = requests.c.state == _constant(State.RUNNING)
+is_completed = requests.c.state == _constant(State.COMPLETED)
+is_unkept = and_(  # to be erased when its time comes
+    is_completed,
+    requests.c.stores_io == false(),
+    requests.c.error_type.is_distinct_from(_constant(Erased.error_type)),
+)
+
+
+def _index_where(condition: ColumnElement[bool], name: str, *columns: str) -> None:
+    """A partial index: rows enter and leave it as requests go through their states."""
+    Index(name, *(requests.c[each] for each in columns), sqlite_where=condition, postgresql_where=condition)
+
+
+_index_where(is_queued, "requests_turn", "model", "priority", "turn", "seq")
+_index_where(is_queued, "requests_turn_of_tenant", "model", "priority", "tenant", "turn")
+_index_where(
+    and_(is_queued, requests.c.start_deadline.is_not(None)), "requests_start_deadline", "start_deadline"
+)
+_index_where(and_(is_queued, requests.c.fence > 0), "requests_backoff", "not_before")
+_index_where(is_running, "requests_lease", "lease_until")
+_index_where(is_completed, "requests_finished", "finished_at")
+_index_where(is_unkept, "requests_unkept", "finished_at")
+Index("requests_of_tenant", requests.c.tenant, requests.c.seq)
+Index("requests_states_of_tenant", requests.c.tenant, requests.c.state)
 
 # Every change of a request writes a row here: the caller's log, previews, and changes of state.
 # The growing `seq` is the feed by which other processes learn what changed.
 events = Table(
     "events",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
     Column("request_id", String(36), nullable=False),
     Column("kind", String(10), nullable=False),
     Column("at", Float, nullable=False),
@@ -98,7 +137,7 @@ once = Table(
 deliveries = Table(
     "deliveries",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
     Column("request_id", String(36), nullable=False),
     Column("url", Text, nullable=False),
     Column("host", String(255), nullable=False, server_default=""),  # whose tries at once are bounded
@@ -120,8 +159,8 @@ deliveries = Table(
 tries = Table(
     "tries",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
-    Column("delivery", Integer, nullable=False),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("delivery", Serial, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("began_at", Float, nullable=False),
     Column("status", Integer),
@@ -129,6 +168,15 @@ tries = Table(
     Column("duration_s", Float),  # null while there is no outcome
     UniqueConstraint("delivery", "attempt"),
     sqlite_autoincrement=True,
+)
+
+# Who does what only one process needs to do.
+leaders = Table(
+    "leaders",
+    metadata,
+    Column("role", String(50), primary_key=True),
+    Column("owner", String(100), nullable=False),
+    Column("lease_until", Float, nullable=False),
 )
 
 # The keys that open the server, beside those of its environment, and what each has used up. A row stays when
@@ -160,7 +208,7 @@ keys = Table(
 audit = Table(
     "audit",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", Serial, primary_key=True, autoincrement=True),
     Column("at", Float, nullable=False),
     Column("action", String(20), nullable=False),
     Column("tenant", String(100), nullable=False),

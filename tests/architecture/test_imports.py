@@ -54,6 +54,8 @@ SEAMS = {
     "transformers": ("pipelines",),
     "sqlalchemy": ("deployments.queue",),
     "sqlite3": ("deployments.queue.sqlite",),
+    "psycopg": ("deployments.queue.postgres", "deployments.queue.listener"),
+    "alembic": ("deployments.queue.migrations",),
     "obstore": ("deployments.files",),
     "httpx": (
         "deployments.files",

@@ -133,7 +133,7 @@ def test_a_websocket_goes_there_too(node_path: str, data: Path) -> None:
 
     python = """
 import sys, websockets.sync.client as w
-with w.connect("wss://fal.run/a/b/realtime?x=1") as socket:
+with w.connect("wss://fal.run/a/b/realtime?x=1", open_timeout=60) as socket:
     socket.send("hello")
     print(socket.recv())
 """

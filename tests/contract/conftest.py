@@ -1,10 +1,8 @@
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from deployments.queue import Queue
-from deployments.queue.sqlite import SqliteDatabase
+from deployments.queue import Queue, open_database
 from schemas.settings import LeaseSettings
 from tests.support.jobs import Clock
 
@@ -16,9 +14,9 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["sqlite"])
-async def queue(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> AsyncIterator[Queue]:
+@pytest.fixture
+async def queue(queue_url: str, clock: Clock) -> AsyncIterator[Queue]:
     """The queue on every store there is."""
-    queue = Queue(SqliteDatabase(tmp_path / "queue.sqlite3"), LEASE, clock)
+    queue = Queue(open_database(queue_url), LEASE, clock=clock)
     yield queue
     await queue.close()

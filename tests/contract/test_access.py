@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -329,9 +328,8 @@ def test_a_key_says_whether_a_submit_has_to_be_counted() -> None:
     assert Allowance(daily_requests=1).counts
 
 
-async def test_t34_limits_hold_over_every_process_that_takes_requests(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/queue.sqlite3"
-    gateways, table = [open_queue(url, LeaseSettings()) for _ in range(3)], open_keys(url)
+async def test_t34_limits_hold_over_every_process_that_takes_requests(queue_url: str) -> None:
+    gateways, table = [open_queue(queue_url, LeaseSettings()) for _ in range(3)], open_keys(queue_url)
     by = await keyed(table, per_minute=20, max_queued=7)
     calls = [submitted(queue, by) for queue in gateways for _ in range(20)]
     results = await asyncio.gather(*calls, return_exceptions=True)

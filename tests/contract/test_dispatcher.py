@@ -181,7 +181,7 @@ async def test_a_job_taken_over_by_another_is_let_go(
     await queue.submit(job)
     await asyncio.wait_for(model.began.acquire(), 10)
     ahead = Clock(clock.now + 31)  # for whom the lease has lapsed
-    another = Queue(queue._database, LEASE, ahead)
+    another = Queue(queue._database, LEASE, clock=ahead)
     await another.sweep()
     ahead.now += 60
     [taken] = await another.claim("flux", "another", 1)
@@ -399,6 +399,29 @@ async def test_what_runs_for_too_long_is_stopped_and_fails_for_good(
     await asyncio.wait_for(model.stopped.wait(), 5)
     assert model.running == 0
     assert len(model.order) == 1
+
+
+async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    model.events = ()  # it waits behind others and says nothing
+    job = make_job(start_timeout_s=0.1)
+    await queue.submit(job)
+    ended = await end(queue, job)
+    assert (ended.status, ended.error_type) == (504, "request_timeout")
+    await asyncio.wait_for(model.stopped.wait(), 10)
+
+
+async def test_a_job_that_began_in_time_may_run_for_longer(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    job = make_job(start_timeout_s=1.0)
+    await queue.submit(job)
+    while not await queue.events(job.request_id):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(1.1)
+    model.open.set()
+    assert (await end(queue, job)).status == 200
 
 
 async def test_what_is_not_to_be_retried_ends_with_its_first_worker(

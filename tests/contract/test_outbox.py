@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from deployments.queue import Outbox, Queue
+from deployments.queue import Outbox, Queue, Setback
 from schemas.deliveries import Delivery, DeliveryState, Outcome
 from schemas.errors import InternalError
 from schemas.jobs import Job, JobResult
@@ -82,7 +82,7 @@ async def test_every_end_is_owed_once(queue: Queue, outbox: Outbox, clock: Clock
     for _ in range(3):
         clock.now += 60
         [held] = await queue.claim("flux", "one", 1)
-        await queue.release(held, crashed=True)
+        await queue.release(held, Setback.CRASHED)
     assert not await queue.finish(held, DONE)
     owed = {delivery.request_id: delivery.status for delivery in await claim(outbox)}
     assert owed == {

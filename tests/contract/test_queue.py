@@ -1,13 +1,16 @@
 """What the queue promises, on every store."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import Connection
 
-from deployments.queue import Queue
-from deployments.queue.queue import UNKEPT_S
-from deployments.queue.tables import deliveries
+from deployments.queue import Queue, Setback
+from deployments.queue.queue import LEAD_S
+from deployments.queue.tables import deliveries, metadata
+from deployments.queue.upkeep import UNKEPT_S
 from schemas.errors import BadRequest, KeyReused, QueueFull
 from schemas.jobs import (
     CancelOutcome,
@@ -22,6 +25,8 @@ from schemas.jobs import (
     Snapshot,
     State,
 )
+from schemas.settings import KEEP_RESULTS_S
+from tests.contract.conftest import LEASE
 from tests.support.jobs import OUTPUT, Clock, make_job
 
 DONE = JobResult.success(OUTPUT, 0.5)
@@ -95,6 +100,37 @@ async def test_claims_go_by_priority_and_then_by_acceptance(queue: Queue) -> Non
     assert order == [jobs[1], jobs[3], jobs[0], jobs[2]]
 
 
+async def test_tenants_take_turns_and_each_keeps_its_own_order(queue: Queue) -> None:
+    flood = [make_job(tenant="alice") for _ in range(6)]
+    for job in flood:
+        await queue.submit(job)
+    late = [make_job(tenant="bob") for _ in range(3)]
+    receipts = [await queue.submit(job) for job in late]
+    assert [receipt.position for receipt in receipts] == [1, 3, 5]
+    a, b = flood, late
+    assert [each.job for each in await claim(queue)] == [a[0], b[0], a[1], b[1], a[2], b[2], *a[3:]]
+
+
+async def test_who_comes_late_gets_no_turns_for_the_time_before(queue: Queue) -> None:
+    flood = [make_job(tenant="alice") for _ in range(6)]
+    for job in flood:
+        await queue.submit(job)
+    taken = [each.job for each in await claim(queue, limit=3)]
+    late = [make_job(tenant="bob") for _ in range(2)]
+    for job in late:
+        await queue.submit(job)
+    taken += [each.job for each in await claim(queue)]
+    assert taken == [*flood[:4], late[0], flood[4], late[1], flood[5]]
+
+
+async def test_a_low_priority_flood_does_not_delay_another_tenants_normal_request(queue: Queue) -> None:
+    for _ in range(3):
+        await queue.submit(make_job(tenant="alice", priority=Priority.LOW))
+    normal = make_job(tenant="bob")
+    assert (await queue.submit(normal)).position == 0
+    assert [each.job for each in await claim(queue, limit=1)] == [normal]
+
+
 async def test_a_claim_takes_at_most_its_limit_and_nothing_twice(queue: Queue) -> None:
     for _ in range(5):
         await queue.submit(make_job())
@@ -118,7 +154,7 @@ async def test_what_comes_next_is_seen_in_the_order_of_claims_and_not_taken(
     assert [first.job, second.job] == [jobs[1], jobs[3]]
     assert await queue.upcoming("flux", 10) == [jobs[0], jobs[2]]
     await queue.finish(first, DONE)
-    await queue.release(second, crashed=True)
+    await queue.release(second, Setback.CRASHED)
     await queue.cancel(jobs[0].request_id, jobs[0].tenant)
     assert await queue.upcoming("flux", 10) == [jobs[2]]
     clock.now += 4  # the backoff after a crash
@@ -145,7 +181,7 @@ async def test_a_result_once_stored_never_changes(queue: Queue) -> None:
     held = await only_claim(queue)
     assert await queue.finish(held, DONE)
     assert not await queue.finish(held, replace(DONE, status=500))
-    assert not await queue.release(held, crashed=True)
+    assert not await queue.release(held, Setback.CRASHED)
     assert await queue.cancel(job.request_id, job.tenant) == CancelOutcome.ALREADY_COMPLETED
     assert await result(queue, job) == DONE
 
@@ -208,7 +244,7 @@ async def test_a_job_that_kills_three_workers_is_given_up(queue: Queue, clock: C
         assert await state(queue, job) == State.QUEUED
         held = await only_claim(queue)
         assert held.attempt == crash
-        await queue.release(held, crashed=True)
+        await queue.release(held, Setback.CRASHED)
         clock.now += backoff - 0.1
         assert await claim(queue) == []  # too early, or over
         clock.now += 0.1
@@ -220,8 +256,36 @@ async def test_giving_a_claim_back_is_not_a_crash(queue: Queue) -> None:
     job = make_job()
     await queue.submit(job)
     for _ in range(10):
-        await queue.release(await only_claim(queue), crashed=False)
+        await queue.release(await only_claim(queue), Setback.RETURNED)
     assert await state(queue, job) == State.QUEUED
+
+
+async def test_a_job_that_nobody_could_keep_is_given_up_after_its_last_start(
+    queue: Queue, clock: Clock
+) -> None:
+    """A lapse says nothing of the job, so it takes more of them than crashes."""
+    job = make_job()
+    await queue.submit(job)
+    for attempt in range(1, LEASE.max_attempts + 1):
+        clock.now += 10_000
+        assert (await only_claim(queue)).attempt == attempt
+        clock.now += 31
+        assert await queue.sweep() == 1
+    ended = await result(queue, job)
+    assert (ended.status, ended.error_type) == (503, "runner_disconnected")
+
+
+@pytest.mark.parametrize("setback", [Setback.CRASHED, Setback.LAPSED])
+async def test_a_job_that_is_not_to_be_retried_ends_with_its_first_start(
+    queue: Queue, clock: Clock, setback: Setback
+) -> None:
+    job = make_job(retries=False)
+    await queue.submit(job)
+    await queue.release(await only_claim(queue), Setback.UNSTARTED)
+    await queue.release(await only_claim(queue), Setback.RETURNED)
+    assert await state(queue, job) == State.QUEUED
+    await queue.release(await only_claim(queue), setback)
+    assert (await result(queue, job)).error_type == "runner_disconnected"
 
 
 async def test_a_cancelled_job_that_waits_never_runs(queue: Queue) -> None:
@@ -239,8 +303,8 @@ async def test_a_cancel_that_was_acknowledged_wins_over_a_result(queue: Queue) -
     await queue.submit(job)
     held = await only_claim(queue)
     assert await queue.cancel(job.request_id, job.tenant) == CancelOutcome.REQUESTED
-    assert (await queue.waiting("one")).cancelled == {job.request_id}
-    assert (await queue.waiting("two")).cancelled == frozenset()
+    assert (await queue.waiting("one", ["flux"])).cancelled == {job.request_id}
+    assert (await queue.waiting("two", ["flux"])).cancelled == frozenset()
     assert await queue.finish(held, DONE)
     assert (await result(queue, job)).error_type == "client_cancelled"
 
@@ -250,7 +314,7 @@ async def test_nothing_is_tried_again_after_a_cancel(queue: Queue) -> None:
     await queue.submit(job)
     held = await only_claim(queue)
     await queue.cancel(job.request_id, job.tenant)
-    await queue.release(held, crashed=True)
+    await queue.release(held, Setback.CRASHED)
     assert (await result(queue, job)).error_type == "client_cancelled"
 
 
@@ -278,7 +342,7 @@ async def test_another_tenants_job_is_unknown(queue: Queue) -> None:
 async def test_a_job_never_starts_after_its_start_deadline(queue: Queue, clock: Clock) -> None:
     job = make_job(start_timeout_s=5.0)
     await queue.submit(job)
-    assert (await queue.waiting("one")).next_due == clock.now + 5
+    assert (await queue.waiting("one", ["flux"])).next_due == clock.now + 5
     clock.now += 5
     assert await claim(queue) == []
     assert await queue.sweep() == 1
@@ -286,10 +350,21 @@ async def test_a_job_never_starts_after_its_start_deadline(queue: Queue, clock: 
     assert (ended.status, ended.error_type) == (504, "request_timeout")
 
 
+async def test_a_job_that_no_worker_took_keeps_its_start_deadline(queue: Queue, clock: Clock) -> None:
+    await queue.submit(make_job(start_timeout_s=5.0))
+    for _ in range(3):
+        held = await only_claim(queue)
+        assert held.start_deadline == clock.now + 5
+        await queue.release(held, Setback.UNSTARTED)
+    clock.now += 5
+    assert await claim(queue) == []
+    assert await queue.sweep() == 1
+
+
 async def test_a_job_that_started_in_time_may_be_tried_again_later(queue: Queue, clock: Clock) -> None:
     job = make_job(start_timeout_s=5.0)
     await queue.submit(job)
-    await queue.release(await only_claim(queue), crashed=True)
+    await queue.release(await only_claim(queue), Setback.CRASHED)
     clock.now += 60
     assert (await only_claim(queue)).job == job
 
@@ -468,3 +543,63 @@ async def test_what_is_not_to_be_kept_is_erased_once_nobody_needs_it(queue: Queu
     results = [record.result for record in found if record is not None]
     assert [result.status for result in results if result is not None] == [200, 410, 200]
     assert found[1] is not None and found[1].job.input == {}
+
+
+async def test_what_was_kept_long_enough_is_forgotten_with_all_that_hangs_on_it(
+    queue: Queue, clock: Clock
+) -> None:
+    old, owing, young = make_job(), make_job(webhook_url="https://there.example/hook"), make_job()
+    for job in (old, owing):
+        await queue.submit(job, [Logged("a line")], once=Once(job.request_id, "fingerprint"))
+    for each in await claim(queue):
+        await queue.finish(each, DONE)
+    clock.now += KEEP_RESULTS_S - 1
+    await queue.submit(young)
+    await queue.sweep()  # of the keys
+    assert await queue.get(old.request_id, old.tenant) is not None
+    clock.now += 1
+    assert await queue.sweep() == 1
+    left = [await queue.get(job.request_id, job.tenant) is not None for job in (old, owing, young)]
+    assert left == [False, True, True]  # a webhook that is owed is made of what would be forgotten
+
+    def rows_of(request_id: str) -> Callable[[Connection], dict[str, int]]:
+        def count(connection: Connection) -> dict[str, int]:
+            return {
+                table.name: len(connection.execute(table.select().filter_by(request_id=request_id)).all())
+                for table in metadata.sorted_tables
+                if "request_id" in table.c
+            }
+
+        return count
+
+    assert not any((await queue._database.read(rows_of(old.request_id))).values())
+
+
+async def test_a_sweep_ends_in_batches(queue: Queue, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.queue.upkeep.BATCH", 2)
+    for _ in range(3):
+        await queue.submit(make_job(start_timeout_s=1.0))
+    clock.now += 1
+    assert [await queue.sweep() for _ in range(3)] == [2, 1, 0]
+
+
+# --- leaders ---
+
+
+async def test_one_leads_until_it_is_heard_of_no_more(queue: Queue, clock: Clock) -> None:
+    assert await queue.leads("upkeep", "one")
+    assert not await queue.leads("upkeep", "two")
+    assert await queue.leads("another role", "two")
+    for _ in range(4):  # it stays who asks in time
+        clock.now += LEAD_S * 0.8
+        assert await queue.leads("upkeep", "one")
+    clock.now += LEAD_S + 0.1
+    assert await queue.leads("upkeep", "two")
+    assert not await queue.leads("upkeep", "one")
+
+
+async def test_of_several_that_want_to_lead_at_once_one_does(queue: Queue, clock: Clock) -> None:
+    for _ in range(3):
+        asked = [queue.leads("upkeep", f"dispatcher {number}") for number in range(8)]
+        assert sum(await asyncio.gather(*asked)) == 1
+        clock.now += LEAD_S + 0.1

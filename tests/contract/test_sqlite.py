@@ -4,15 +4,13 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from deployments.queue import Outbox, open_queue
+from deployments.queue import open_queue
 from deployments.queue import queue as queue_module
 from deployments.queue.doorbell import Doorbell
 from deployments.queue.sqlite import SqliteDatabase
@@ -157,25 +155,3 @@ async def test_a_url_of_another_kind_is_refused_with_its_name(tmp_path: Path) ->
         assert "mysql://x" in str(error)
     else:
         raise AssertionError("it was opened")
-
-
-async def test_a_file_of_an_older_version_gets_what_it_lacks(tmp_path: Path) -> None:
-    path = tmp_path / "queue.sqlite3"
-    with closing(sqlite3.connect(path)) as older, older:
-        older.execute(
-            """CREATE TABLE deliveries (
-                seq INTEGER PRIMARY KEY AUTOINCREMENT, request_id VARCHAR(36) NOT NULL, url TEXT NOT NULL,
-                state VARCHAR(10) NOT NULL, created_at FLOAT NOT NULL, attempts INTEGER NOT NULL,
-                next_attempt_at FLOAT NOT NULL, last_status INTEGER, last_error TEXT,
-                UNIQUE (request_id, url))"""
-        )
-        older.execute(
-            "INSERT INTO deliveries (request_id, url, state, created_at, attempts, next_attempt_at) "
-            "VALUES ('old', 'http://there', 'due', 1, 0, 1)"
-        )
-    for _ in range(2):  # the second time there is nothing to do
-        outbox = Outbox(SqliteDatabase(path), 60)
-        assert await outbox.due_hosts() == [""]
-        [record] = await outbox.newest(9)
-        assert (record.request_id, record.ended_at) == ("old", None)
-        await outbox.close()

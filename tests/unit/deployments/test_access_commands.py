@@ -8,6 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from deployments import cli
 from deployments.cli import app
 
 ROOT = Path(__file__).parents[3]
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(cli.console, "width", 250)
     args = {"queue_url": f"sqlite:///{tmp_path}/queue.sqlite3"}
     front = {"name": "darkroom", "import_path": "deployments.app:front", "args": args}
     path = tmp_path / "serve_config.yaml"

@@ -14,6 +14,7 @@ from deployments.gateway.inline import KEEP_CHARACTERS, stored
 from schemas.endpoints import flux_general_rf_inversion as general
 from schemas.endpoints.flux_lora_image_to_image import Input
 from schemas.errors import InputError
+from schemas.settings import FrontSettings
 
 BASE = "http://box:8000"
 
@@ -31,7 +32,9 @@ def data_uri(data: bytes, claimed: str = "image/png") -> str:
 async def store(tmp_path: Path, image_url: str, limit: int = 10**6) -> tuple[dict[str, Any], Any]:
     files = open_files(f"file://{tmp_path}/files")
     request = Input(prompt="x", image_url=image_url)
-    return await stored(request, request.model_dump(mode="json"), files, BASE, limit), files
+    return await stored(
+        request, request.model_dump(mode="json"), files, BASE, FrontSettings(max_image_bytes=limit)
+    ), files
 
 
 @pytest.mark.parametrize(("format", "extension"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")])
@@ -59,7 +62,9 @@ async def test_a_picture_in_several_fields_is_kept_once(tmp_path: Path) -> None:
         }
     )
     files = open_files(f"file://{tmp_path}/files")
-    document = await stored(request, request.model_dump(mode="json"), files, BASE, 10**6)
+    document = await stored(
+        request, request.model_dump(mode="json"), files, BASE, FrontSettings(max_image_bytes=10**6)
+    )
     assert document["control_loras"][0] == {
         "path": "a",
         "scale": 1,
@@ -67,7 +72,7 @@ async def test_a_picture_in_several_fields_is_kept_once(tmp_path: Path) -> None:
         "preprocess": "None",
     }
     assert document["image_url"].endswith("png") and document["reference_image_url"].endswith("webp")
-    assert len(list((tmp_path / "files").iterdir())) == 2
+    assert len([path for path in (tmp_path / "files").iterdir() if path.is_file()]) == 2
 
 
 @pytest.mark.parametrize("image_url", ["https://example.com/a.png", data_uri(b"x" * 99)])

@@ -13,8 +13,7 @@ import pytest
 
 from deployments.files.egress import Egress
 from deployments.files.guard import IPAddress
-from deployments.queue import Outbox, Queue
-from deployments.queue.sqlite import SqliteDatabase
+from deployments.queue import Outbox, Queue, open_database
 from deployments.webhooks import sender as sender_module
 from deployments.webhooks.keyring import Keyring
 from deployments.webhooks.sender import BROKEN, INTERRUPTED, SILENT, UNREACHABLE, Sender
@@ -41,8 +40,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def queue(tmp_path: Path, clock: Clock) -> AsyncIterator[Queue]:
-    queue = Queue(SqliteDatabase(tmp_path / "queue.sqlite3"), LeaseSettings(), clock)
+async def queue(queue_url: str, clock: Clock) -> AsyncIterator[Queue]:
+    queue = Queue(open_database(queue_url), LeaseSettings(), clock=clock)
     yield queue
     await queue.close()
 

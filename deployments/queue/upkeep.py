@@ -1,0 +1,44 @@
+"""What falls due in the queue by the mere passing of time."""
+
+from sqlalchemy import Connection
+
+from deployments.queue import rows
+from deployments.queue import statements as sql
+from deployments.queue.transitions import Setback, complete, erase, forget, put_back
+from schemas.errors import StartTimeout
+from schemas.jobs import JobResult
+from schemas.settings import LeaseSettings
+
+KEY_S = 24 * 3600.0  # how long the key of a submit is remembered
+UNKEPT_S = 3600.0  # how long what is not to be kept can be fetched
+BATCH = 200  # of each kind in one transaction
+
+
+def times(now: float, keep_results_s: float) -> dict[str, float]:
+    """The parameters of the statements below."""
+    return {
+        "now": now,
+        "unkept_before": now - UNKEPT_S,
+        "finished_before": now - keep_results_s,
+        "keys_before": now - KEY_S,
+        "limit": BATCH,
+    }
+
+
+def sweep(connection: Connection, lease: LeaseSettings, times: dict[str, float]) -> int:
+    """Do a batch of all that is due. Returns how many requests changed."""
+    now = times["now"]
+    lapsed = connection.execute(sql.LAPSED, times).mappings().all()
+    for row in lapsed:
+        put_back(connection, row, Setback.LAPSED, lease, now)
+    overdue = connection.execute(sql.OVERDUE, times).mappings().all()
+    for row in overdue:
+        complete(connection, rows.job(row), JobResult.failure(StartTimeout()), now)
+    unkept = connection.scalars(sql.UNKEPT, times).all()
+    for request_id in unkept:
+        erase(connection, request_id)
+    outlived = connection.scalars(sql.OUTLIVED, times).all()
+    if outlived:
+        forget(connection, outlived)
+    connection.execute(sql.FORGET_OLD_KEYS, times)
+    return len(lapsed) + len(overdue) + len(unkept) + len(outlived)
