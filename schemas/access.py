@@ -10,8 +10,8 @@ from schemas.jobs import Priority
 def digest(secret: str) -> str:
     """How a secret is kept: a plain SHA-256.
 
-    Slow hashes and salts are for passwords, which can be guessed. A secret of ours is 256 random bits, and
-    so is what it is found by: nobody tries them all, and a hash per call must be cheap.
+    Slow hashes and salts are for passwords, which can be guessed. A secret of ours is 256 random bits:
+    nobody tries them all, and a hash per call must be cheap.
     """
     return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
 
