@@ -28,7 +28,8 @@ from deployments.files.store import open_files
 from deployments.files.sweeper import Sweeper
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
-from deployments.queue import open_outbox, open_queue
+from deployments.gateway.throttle import Throttle
+from deployments.queue import open_keys, open_outbox, open_queue
 from deployments.router import STATS_S
 from deployments.webhooks.keyring import open_keyring
 from deployments.webhooks.sender import Sender
@@ -118,19 +119,24 @@ class _GatewayReplica:
     ) -> None:
         _join_logs()
         self._settings = settings
-        self._keys = keys.Keys(digests)
+        self._digests = digests
         self._gateway: Gateway | None = None
         self._catalogue = Catalogue(models={})
-        if not self._keys.are_required:
-            logger.warning(
-                "AUTHENTICATION IS OFF: whoever reaches this server may use it. Set %s to turn it on.",
-                settings.keys_env,
-            )
 
     async def __serve_build_asgi_app__(self) -> Any:
         webhooks = self._settings.webhooks
         keyring = open_keyring(webhooks.keys, webhooks.key_overlap_s)
-        return http.build(self._opened(), self._keys, self._ready, keyring.jwks)
+        table = open_keys(self._settings.queue_url)
+        throttle = Throttle(self._settings.bad_keys_per_minute)
+        known = keys.Keys(self._digests, table=table, throttle=throttle)
+        await known.refresh()
+        if not known.are_required:
+            logger.warning(
+                "AUTHENTICATION IS OFF: whoever reaches this server may use it. `darkroom keys create` turns "
+                "it on, as does %s.",
+                self._settings.keys_env,
+            )
+        return http.build(self._opened(), known, self._ready, keyring.jwks)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._catalogue = Catalogue.model_validate(user_config)

@@ -18,6 +18,8 @@
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
     │   ├── TooManyRuns         429
+    │   ├── TooManyRequests     429, more in a minute than the caller may
+    │   │   └── QuotaSpent      429, more in a day
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
         ├── StoreDown           503, the queue's database or the file store cannot be reached or written
@@ -48,6 +50,7 @@ class DarkroomError(Exception):
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    retry_after_s: int | None = None  # when to try again, where that can be told
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -204,6 +207,7 @@ class QueueFull(RequestError):
     status = 429
     error_type = "queue_full"
     retryable = True
+    retry_after_s = 1
 
 
 class TooManyRuns(RequestError):
@@ -212,6 +216,27 @@ class TooManyRuns(RequestError):
     status = 429
     error_type = "concurrent_requests_limit"
     retryable = True
+    retry_after_s = 1
+
+
+class TooManyRequests(RequestError):
+    """The caller sent more in a minute than it may: requests, or keys that are none."""
+
+    status = 429
+    error_type = "rate_limit_exceeded"
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.args = (message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaSpent(TooManyRequests):
+    """The caller sent more in a day than it may. Trying again helps tomorrow."""
+
+    error_type = "quota_exceeded"
+    retryable = False
 
 
 class Cancelled(RequestError):

@@ -126,7 +126,16 @@ class FrontSettings(Settings):
     keys_env: str = Field(
         "DARKROOM_KEYS",
         description="name of the environment variable with ID:SECRET pairs, separated by commas "
-        "or blanks; authentication is off when it is empty",
+        "or blanks, beside those of `darkroom keys`; without any key authentication is off",
+    )
+    bad_keys_per_minute: int = Field(
+        60, ge=1, description="wrong keys of one address, beyond which a gateway replica answers 429 to them"
+    )
+    proxies: int = Field(
+        0,
+        ge=0,
+        description="proxies of yours in front that add to X-Forwarded-For; 0: the header is anybody's word, "
+        "and the address of a client is that of the other end of the connection",
     )
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")

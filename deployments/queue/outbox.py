@@ -20,9 +20,10 @@ from sqlalchemy import (
     update,
 )
 
-from deployments.queue import rows
+from deployments.queue import audit, rows
 from deployments.queue.database import Database
 from deployments.queue.tables import deliveries, requests, tries
+from schemas.access import Action, Actor
 from schemas.deliveries import Delivery, DeliveryRecord, DeliveryState, Outcome, Try
 
 _now: BindParameter[float] = bindparam("now")
@@ -62,6 +63,7 @@ BEGIN_TRY = insert(tries)
 END_TRY = update(tries).where(tries.c.delivery == bindparam("of"), tries.c.attempt == bindparam("number"))
 
 FIND = select(deliveries).where(_of_request)
+TENANT = select(requests.c.tenant).where(requests.c.request_id == bindparam("request_id"))
 LOG = (
     select(tries)
     .join(deliveries, deliveries.c.seq == tries.c.delivery)
@@ -197,6 +199,8 @@ class Outbox:
             if row["state"] != DeliveryState.SENDING:
                 again = {"state": DeliveryState.DUE, "next_attempt_at": now, "retries": 0, "ended_at": None}
                 connection.execute(SET, {"of": row["seq"], **again})
+                tenant = connection.scalar(TENANT, {"request_id": request_id})
+                audit.note(connection, Action.REDELIVER, Actor(str(tenant)), request_id, now)
             return DeliveryState(row["state"])
 
         return await self._database.write(operation)

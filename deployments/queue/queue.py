@@ -21,11 +21,12 @@ from typing import TypeVar
 from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from deployments.queue import rows, upkeep
+from deployments.queue import audit, limits, rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
 from deployments.queue.transitions import Setback, append, change, complete, erase, held, note, put_back, take
-from schemas.errors import BadRequest, Cancelled, KeyReused, QueueFull
+from schemas.access import Action, Actor
+from schemas.errors import BadRequest, Cancelled, Erased, KeyReused, QueueFull, RequestError
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -93,14 +94,18 @@ class Queue:
         notes: Sequence[JobEvent] = (),
         max_ahead: int | None = None,
         once: Once | None = None,
+        by: Actor | None = None,
+        *,
+        waits: bool = False,
     ) -> Receipt:
-        """Accept a job. When this returns it is on disk and will reach a result.
+        """Accept a job. When this returns it is on disk and will reach a result. `waits`: it is a run.
 
         Under a key that is known, the receipt is of the request that came first, and nothing is kept.
         Raises QueueFull, and keeps nothing, when more than `max_ahead` jobs run before it; KeyReused when
-        the key came with another input.
+        the key came with another input; what limits.admit says when the caller may not submit more.
         """
         now = self._clock()
+        actor = by or Actor(job.tenant)
         deadline = None if job.start_timeout_s is None else now + job.start_timeout_s
         values = rows.job_values(job) | {
             "state": State.QUEUED,
@@ -113,9 +118,14 @@ class Queue:
             "cancel_requested": False,
         }
 
-        def operation(connection: Connection) -> Receipt:
+        def operation(connection: Connection) -> Receipt | RequestError:
             if once is not None and (known := _submitted(connection, job, once, now)) is not None:
                 return known
+            if (refusal := limits.admit(connection, actor, now, waits=waits)) is not None:
+                return refusal
+            if once is not None:
+                _remember(connection, job, once, now)
+            audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
             turn = connection.execute(sql.TURN, values).scalar_one()
             seq = connection.execute(sql.ACCEPT, {**values, "turn": turn}).scalar_one()
             append(connection, job.request_id, notes, now)
@@ -125,6 +135,8 @@ class Queue:
             return Receipt(job.request_id, position)
 
         receipt = await self._write(operation)
+        if isinstance(receipt, RequestError):
+            raise receipt
         self.wake()
         return receipt
 
@@ -147,11 +159,12 @@ class Queue:
 
         return await self._database.read(operation)
 
-    async def erase(self, request_id: str, tenant: str) -> Record | None:
+    async def erase(self, request_id: str, tenant: str, by: Actor | None = None) -> Record | None:
         """Delete the input, the output and the log of a completed request. Returns what it was, or None.
 
         Raises BadRequest while it is not completed, and while its webhook, which tells the output, is owed.
         """
+        now = self._clock()
 
         def operation(connection: Connection) -> Record | None:
             record = _find(connection, request_id, tenant)
@@ -161,7 +174,9 @@ class Queue:
                 raise BadRequest("The request is still in progress; cancel it first.")
             if connection.scalar(sql.OWED, {"request_id": request_id}) is not None:
                 raise BadRequest("The request's webhook is still being delivered; try again later.")
-            erase(connection, request_id)
+            if record.result is None or record.result.error_type != Erased.error_type:
+                erase(connection, request_id)
+                audit.note(connection, Action.ERASE, by or Actor(tenant), request_id, now)
             return record
 
         return await self._write(operation)
@@ -200,8 +215,9 @@ class Queue:
             if not self._watchers[request_id]:
                 del self._watchers[request_id]
 
-    async def cancel(self, request_id: str, tenant: str) -> CancelOutcome:
-        """Give a request up. One that waits ends here; one that runs ends within a step."""
+    async def cancel(self, request_id: str, tenant: str, by: Actor | None = None) -> CancelOutcome:
+        """Give a request up. One that waits ends here; one that runs ends within a step. Without `by` the
+        server does it, for a caller that has left."""
         now = self._clock()
 
         def operation(connection: Connection) -> CancelOutcome:
@@ -210,11 +226,14 @@ class Queue:
                 return CancelOutcome.NOT_FOUND
             if record.state == State.COMPLETED:
                 return CancelOutcome.ALREADY_COMPLETED
+            if record.cancel_requested:
+                return CancelOutcome.REQUESTED
             if record.state == State.QUEUED:
                 complete(connection, record.job, JobResult.failure(Cancelled()), now)
             else:
                 change(connection, request_id, cancel_requested=True)
                 note(connection, request_id, now)
+            audit.note(connection, Action.CANCEL, by or Actor(tenant), request_id, now)
             return CancelOutcome.REQUESTED
 
         outcome = await self._write(operation)
@@ -412,7 +431,7 @@ def _find(connection: Connection, request_id: str, tenant: str) -> Record | None
 
 
 def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Receipt | None:
-    """The receipt of the submit that came first under the key. If there was none, this is the first.
+    """The receipt of the submit that came first under the key, or None if there was none.
 
     A request that was cancelled, or failed for no fault of its own, does not count: its caller tries again.
     """
@@ -425,10 +444,15 @@ def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Rece
         is_queued = row["state"] == State.QUEUED
         position = _position_of(connection, row) if is_queued else 0
         return Receipt(row["request_id"], position, replayed=True)
+    return None
+
+
+def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
+    """This submit is the first under its key."""
+    place = {"tenant": job.tenant, "key": once.key}
     connection.execute(sql.FORGET_KEY, place)
     new = {"fingerprint": once.fingerprint, "request_id": job.request_id, "at": now}
     connection.execute(sql.REMEMBER_KEY, place | new)
-    return None
 
 
 def _position_of(connection: Connection, row: RowMapping) -> int:
