@@ -8,6 +8,7 @@ any `args` would restart every model.
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -29,6 +30,7 @@ from deployments.files.sweeper import Sweeper
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.throttle import Throttle
+from deployments.meter import Meter
 from deployments.queue import open_keys, open_outbox, open_queue
 from deployments.router import STATS_S
 from deployments.webhooks.keyring import open_keyring
@@ -85,14 +87,7 @@ def model(settings: ModelSettings) -> Application:
         _WorkerReplica,
         name=WORKER,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=settings.min_replicas,
-            max_replicas=settings.max_replicas,
-            target_ongoing_requests=settings.concurrency,
-            look_back_period_s=5,
-            metrics_interval_s=1,
-            upscale_delay_s=2,
-        ),
+        autoscaling_config=_autoscaling(settings),
         max_ongoing_requests=settings.concurrency + SPARE_CALLS,
         graceful_shutdown_timeout_s=settings.drain_s,
         health_check_period_s=HEALTH_CHECK_S,
@@ -111,6 +106,32 @@ def model(settings: ModelSettings) -> Application:
         health_check_period_s=HEALTH_CHECK_S,
     )
     return entry.bind(worker.bind(settings))
+
+
+def _autoscaling(settings: ModelSettings) -> AutoscalingConfig:
+    """Our policy holds replicas by itself, so that Serve adds no delays of its own."""
+    wishes = settings.autoscaling
+    common = {
+        "min_replicas": settings.min_replicas,
+        "max_replicas": settings.max_replicas,
+        "target_ongoing_requests": settings.concurrency,
+        "metrics_interval_s": 1,
+    }
+    if wishes.policy == "requests":
+        return AutoscalingConfig(
+            **common,
+            look_back_period_s=5,
+            upscale_delay_s=2,
+            downscale_delay_s=wishes.hold_s,
+            downscale_to_zero_delay_s=wishes.idle_s,
+        )
+    policy = AutoscalingPolicy(
+        policy_function="deployments.autoscaling:WorkPolicy",
+        policy_kwargs=wishes.model_dump(exclude={"policy"}),
+    )
+    return AutoscalingConfig(
+        **common, look_back_period_s=2, upscale_delay_s=0, downscale_delay_s=0, policy=policy
+    )
 
 
 class _GatewayReplica:
@@ -211,15 +232,19 @@ class _EntryReplica:
 class _WorkerReplica:
     def __init__(self, settings: ModelSettings) -> None:
         _join_logs()
+        began = time.monotonic()
         from deployments.worker import Worker  # imports torch, which only a replica needs
 
         self._worker = Worker(settings, open_files(settings.files_url))
+        self._meter = Meter(time.monotonic() - began)
         self._slots = settings.concurrency
 
-    async def generate(self, job: Job, needs: Sequence[str] = ()) -> AsyncGenerator[Update]:
-        """See Worker.generate. `needs` are for the router."""
-        async for update in self._worker.generate(job):
-            yield update
+    async def generate(self, job: Job, needs: Sequence[str] = (), waiting: int = 0) -> AsyncGenerator[Update]:
+        """See Worker.generate. `needs` are for the router, `waiting` for the autoscaling."""
+        self._meter.hear(waiting)
+        with self._meter.request():
+            async for update in self._worker.generate(job):
+                yield update
 
     async def prefetch(self, job: Job, needs: Sequence[str] = ()) -> None:
         """See Worker.prefetch. `needs` are for the router."""
@@ -227,7 +252,12 @@ class _WorkerReplica:
 
     async def run(self, endpoint_id: str, request: EndpointInput, needs: Sequence[str] = ()) -> Any:
         """See Worker.run. `needs` are for the router."""
-        return await self._worker.run(endpoint_id, request)
+        with self._meter.request():
+            return await self._worker.run(endpoint_id, request)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling is told of this replica."""
+        return self._meter.told()
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router is told of this replica, see Worker.holdings."""
@@ -286,8 +316,8 @@ class _ServeModel:
         self._generate = handle.options(method_name="generate", stream=True)
         self._prefetch = handle.options(method_name="prefetch")
 
-    async def generate(self, job: Job) -> AsyncGenerator[Update]:
-        response = self._generate.remote(job, needs=_needs(job))
+    async def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
+        response = self._generate.remote(job, needs=_needs(job), waiting=waiting)
         with _translated():
             try:
                 async for update in response:

@@ -2,8 +2,9 @@
 
 It knows the queue and a way to call a worker, nothing of Ray or HTTP. At most `window` requests of a
 model are handed over at once: enough that Serve sees the demand and scales, few enough that what
-waits stays in the queue, where it can be cancelled and ordered. The model hears of the next few of
-those, so that the weights they name are there when their turn comes.
+waits stays in the queue, where it can be cancelled and ordered. The model hears how many those are,
+which its autoscaling counts, and of the next few, so that the weights they name are there when their
+turn comes.
 """
 
 import asyncio
@@ -29,14 +30,15 @@ from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0  # the longest time between two looks at the queue
+MOST_COUNTED = 1000  # waiting requests: nobody has replicas for more
 SILENCE_S = 5 * WORD_S  # no worker is taken for lost sooner
 
 
 class ModelHandle(Protocol):
     """A way to call the workers of one model."""
 
-    def generate(self, job: Job) -> AsyncGenerator[Update]:
-        """Run a job; the last update has its result.
+    def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
+        """Run a job; the last update has its result. `waiting`: how many wait behind it in the queue.
 
         Raises WorkerLost when the worker died, NotReady when there is none to call. Closing the
         iterator stops the job within a step.
@@ -137,9 +139,11 @@ class Dispatcher:
         running = sum(run.claim.job.model == model for run in self._runs.values())
         room = self._windows[model] - running
         claims = await self._queue.claim(model, self.owner, room) if room > 0 else []
+        is_full = len(claims) >= room
+        waiting = await self._queue.backlog(model, MOST_COUNTED) if claims and is_full else 0
         for claim in claims:
-            self._start(claim)
-        return len(claims) >= room
+            self._start(claim, waiting)
+        return is_full
 
     async def _foresee(self, model: str) -> None:
         """Tell the model of the requests that come next, of each once. Waits for no answer."""
@@ -177,11 +181,11 @@ class Dispatcher:
         takes = any(takes_weights(self._input_type(endpoint_id)) for endpoint_id in entry.endpoints)
         return entry.prefetch if takes else 0
 
-    def _start(self, claim: Claim) -> None:
+    def _start(self, claim: Claim, waiting: int) -> None:
         request_id = claim.job.request_id
         if older := self._runs.get(request_id):  # our lease on it had lapsed unseen
             older.task.cancel()
-        run = self._runs[request_id] = Run(claim, _detached(self._run(claim)))
+        run = self._runs[request_id] = Run(claim, _detached(self._run(claim, waiting)))
 
         def forget(_: asyncio.Task[None]) -> None:
             if self._runs.get(request_id) is run:
@@ -190,11 +194,11 @@ class Dispatcher:
 
         run.task.add_done_callback(forget)
 
-    async def _run(self, claim: Claim) -> None:
+    async def _run(self, claim: Claim, waiting: int) -> None:
         """Run one claim to its end, whatever that is."""
         request_id = claim.job.request_id
         try:
-            await self._follow_in_time(claim)
+            await self._follow_in_time(claim, waiting)
         except asyncio.CancelledError:
             # its caller gave it up, its lease was lost, or we are closing; the queue knows which
             await self._release(claim, Setback.RETURNED)
@@ -208,7 +212,7 @@ class Dispatcher:
             logger.exception("request %s could not be run", request_id)
             await self._release(claim, Setback.CRASHED)
 
-    async def _follow_in_time(self, claim: Claim) -> None:
+    async def _follow_in_time(self, claim: Claim, waiting: int) -> None:
         """As `_follow`, if a worker begins in time, and for as long as requests of its model may run.
 
         Raises WorkerLost for one that has spoken and then is silent for the time of a lease.
@@ -216,17 +220,20 @@ class Dispatcher:
         patience_s = max(self._lease.lease_s, SILENCE_S)
         limit_s = self._limits.get(claim.job.model)
         deadline = claim.start_deadline
-        running, silent = asyncio.timeout(limit_s), asyncio.timeout(None)
+        running, silent = asyncio.timeout(None), asyncio.timeout(None)
         starting = asyncio.timeout(None if deadline is None else deadline - self._queue.now())
 
         def hear(update: Update) -> None:
-            silent.reschedule(asyncio.get_running_loop().time() + patience_s)
+            now = asyncio.get_running_loop().time()
+            silent.reschedule(now + patience_s)
             if update.has_begun:
                 starting.reschedule(None)
+                if limit_s is not None and running.when() is None:
+                    running.reschedule(now + limit_s)
 
         try:
             async with running, silent, starting:
-                await self._follow(claim, hear)
+                await self._follow(claim, waiting, hear)
         except TimeoutError:
             late: DarkroomError
             if silent.expired():
@@ -243,10 +250,10 @@ class Dispatcher:
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
         await _insist(partial(self._queue.release, claim, setback, delay_s))
 
-    async def _follow(self, claim: Claim, hear: Callable[[Update], None]) -> None:
+    async def _follow(self, claim: Claim, waiting: int, hear: Callable[[Update], None]) -> None:
         """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
-        async with contextlib.aclosing(handle.generate(claim.job)) as updates:
+        async with contextlib.aclosing(handle.generate(claim.job, waiting)) as updates:
             async for update in updates:
                 hear(update)
                 if not await _insist(partial(self._write, claim, update)):

@@ -183,7 +183,10 @@ class ModelEntry(Settings):
         8, ge=1, description="requests handed to Serve at once: replicas × concurrency and a little"
     )
     run_limit_s: float | None = Field(
-        None, gt=0, description="a request that has run for so long fails with 504; null: no limit"
+        None,
+        gt=0,
+        description="a request that has run for so long fails with 504, its wait for a "
+        "replica not counted; null: no limit",
     )
     prefetch: int = Field(
         16, ge=0, description="requests behind a full window whose weights are fetched meanwhile; 0: none"
@@ -260,6 +263,24 @@ class BaseSettings(Settings):
     )
 
 
+class AutoscalingSettings(Settings):
+    """How many replicas a model has between `min_replicas` and `max_replicas`."""
+
+    policy: Literal["work", "requests"] = Field(
+        "work",
+        description="work: by the compute seconds of what waits and runs; requests: by their number against "
+        "`concurrency`, Ray Serve's own policy",
+    )
+    target_wait_s: float = Field(10, gt=0, description="that a request may wait for its turn; of work only")
+    start_s: float | None = Field(
+        None, ge=0, description="until a new replica is ready; null: what they have taken; of work only"
+    )
+    hold_s: float = Field(120, ge=0, description="a replica goes when it has not been needed for so long")
+    idle_s: float = Field(
+        600, ge=0, description="where min_replicas is 0, the last one goes after so long without a request"
+    )
+
+
 class ModelSettings(Settings):
     """The `args` of a model application: one resident base model and the endpoints it serves."""
 
@@ -321,6 +342,7 @@ class ModelSettings(Settings):
     num_cpus: float = Field(1, ge=0)
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     concurrency: int = Field(8, ge=1, description="requests that one replica runs at once")
     drain_s: float = Field(120, gt=0, description="longest wait for running images at a shutdown")
 

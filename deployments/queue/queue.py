@@ -291,6 +291,15 @@ class Queue:
 
         return await self._database.read(operation)
 
+    async def backlog(self, model: str, limit: int) -> int:
+        """How many requests of a model may start and wait, counted up to `limit`."""
+        wanted = {"model": model, "now": self._clock(), "limit": limit}
+
+        def operation(connection: Connection) -> int:
+            return connection.scalar(sql.BACKLOG, wanted) or 0
+
+        return await self._database.read(operation)
+
     async def heartbeat(self, claims: Sequence[Claim]) -> frozenset[str]:
         """Renew the leases of these claims. Returns the request ids of those that still hold."""
 

@@ -84,6 +84,9 @@ UPCOMING = (
     .limit(bindparam("limit"))
 )
 CLAIMABLE = UPCOMING.with_for_update(skip_locked=True)
+BACKLOG = select(func.count()).select_from(
+    select(requests.c.seq).where(_of_model, _may_start).limit(bindparam("limit")).subquery()
+)
 ANY_CLAIMABLE = select(requests.c.seq).where(_of_model, _may_start).limit(1)
 
 RENEW = (

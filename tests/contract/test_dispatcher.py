@@ -401,6 +401,34 @@ async def test_what_runs_for_too_long_is_stopped_and_fails_for_good(
     assert len(model.order) == 1
 
 
+async def test_waiting_for_a_replica_to_start_is_no_running(
+    queue: Queue, make_dispatcher: Make, model: ScriptedModel
+) -> None:
+    await make_dispatcher(served=catalogue(ENDPOINT, run_limit_s=0.05))
+    model.events = ()  # Serve is still starting one
+    job = make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(model.spoke.acquire(), 10)
+    await asyncio.sleep(0.2)
+    model.open.set()
+    assert (await end(queue, job)).status == 200
+
+
+async def test_the_model_hears_how_many_wait_behind_a_full_window(
+    queue: Queue, make_dispatcher: Make, model: ScriptedModel
+) -> None:
+    jobs = [make_job() for _ in range(8)]
+    for job in jobs:
+        await queue.submit(job)
+    await make_dispatcher()
+    model.open.set()
+    for job in jobs:
+        await end(queue, job)
+    assert model.waiting[:3] == [5, 5, 5]
+    assert model.waiting[3:] == sorted(model.waiting[3:], reverse=True)
+    assert model.waiting[-1] == 0
+
+
 async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
 ) -> None:

@@ -48,6 +48,7 @@ class ScriptedModel:
     running: int = 0
     most: int = 0  # jobs at once
     order: list[str] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)  # behind each job, as it was told
     prefetched: list[str] = field(default_factory=list)
     is_deaf: bool = False  # a prefetch does not come back
     calling: int = 0  # prefetches under way
@@ -55,7 +56,8 @@ class ScriptedModel:
     def connect(self, name: str) -> "ScriptedModel":
         return self
 
-    async def generate(self, job: Job) -> AsyncGenerator[Update]:
+    async def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
+        self.waiting.append(waiting)
         self.running += 1
         self.most = max(self.most, self.running)
         self.order.append(job.request_id)
