@@ -8,10 +8,23 @@ from benchmarks import (
     overhead,
     protocol,
     queue_throughput,
+    routing,
+    scaling,
     stable_diffusion,
     webhooks,
 )
 
 measure.header()
-for benchmark in (overhead, queue_throughput, webhooks, protocol, engine, adapters, bases, stable_diffusion):
+for benchmark in (
+    overhead,
+    queue_throughput,
+    webhooks,
+    protocol,
+    routing,
+    scaling,
+    engine,
+    adapters,
+    bases,
+    stable_diffusion,
+):
     benchmark.main()

@@ -19,7 +19,7 @@ MEMORY_S = 30.0  # as the router's
 class Affinity:
     """Ours: `rank`, with what replicas told a second ago and what was sent there since."""
 
-    seconds: float = 5.0  # that a request takes, as replicas tell
+    seconds: float = 3.4  # compute seconds of a request, as replicas tell
     _told: dict[str, dict[str, Holding]] = field(default_factory=dict)
     _sent: dict[tuple[str, str], float] = field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class Affinity:
             need: Holding(Tier.DEVICE, ADAPTER_BYTES) for need in needs if (replica.name, need) in self._sent
         }
         holds = sent | self._told.get(replica.name, {})
-        return Load(replica.name, replica.here, replica.physics.slots, self.seconds, holds)
+        return Load(replica.name, replica.here, self.seconds, holds)
 
 
 def _holds(replica: Replica, now: float) -> dict[str, Holding]:
@@ -93,18 +93,20 @@ class Fixed:
 
 
 class ByWork:
-    """Ours, within Serve's wrapper: while no replica is ready, Serve starts one and asks nobody."""
+    """Ours, within Serve's wrapper: while no replica is ready, Serve starts one and asks nobody.
 
-    def __init__(self, rules: Rules, start_s: float) -> None:
-        self._rules, self._start_s = rules, start_s
+    `window`: it is told of no more requests.
+    """
+
+    def __init__(self, rules: Rules, start_s: float, window: int | None = None) -> None:
+        self._rules, self._start_s, self._window = rules, start_s, window
         self._past = Past()
 
     def __call__(self, view: View) -> int:
         if not view.ready and view.requests:
             return max(1, view.replicas)
-        load = Demand(
-            view.at, view.requests, view.seconds, view.busy, view.ready, view.replicas, self._start_s
-        )
+        requests = min(view.requests, self._window or view.requests)
+        load = Demand(view.at, requests, view.seconds, view.busy, view.ready, view.replicas, self._start_s)
         replicas, self._past = decide(load, self._rules, self._past)
         return max(replicas, min(1, view.replicas - 1))  # Serve's wrapper: to nothing from one only
 

@@ -171,10 +171,11 @@ class _Fleet:
             self.outcome.replicas.append(self.replicas[-1])
         for each in sorted(staying, key=lambda each: -each.ready_at)[: max(0, len(staying) - target)]:
             each.is_leaving = True
+        self._part()
 
     def route(self) -> None:
         while self.waiting:
-            free = [each for each in self._serving() if each.here < self.physics.slots]
+            free = [each for each in self.serving() if each.here < self.physics.slots]
             if not free:
                 return
             number, request = self.waiting.popleft()
@@ -200,22 +201,23 @@ class _Fleet:
         for each in self.replicas:
             while (end := each.next_end()) is not None and end <= to + 1e-9:
                 self._end(*each.end())
+        self._part()
+
+    def _part(self) -> None:
+        """Those that go are gone when they have nothing left."""
         self.replicas = [each for each in self.replicas if each.here or not each.is_leaving]
 
     def _end(self, number: int, request: Request) -> None:
-        self.outcome.waits[number] = self.now - request.at - request.work_s
+        self.outcome.waits[number] = max(0.0, round(self.now - request.at - request.work_s, 6))
         self.seconds += 0.05 * (request.work_s - self.seconds)
 
-    def _serving(self) -> list[Replica]:
+    def serving(self) -> list[Replica]:
         return [each for each in self.replicas if each.ready_at <= self.now and not each.is_leaving]
 
     def view(self) -> View:
-        serving = self._serving()
+        serving = self.serving()
         busy = sum(each.busy for each in serving)
         return View(self.now, self.requests, busy, len(serving), self.target, self.seconds)
-
-    def serving(self) -> list[Replica]:
-        return self._serving()
 
 
 def run(

@@ -38,8 +38,7 @@ class Load:
 
     name: str
     running: int = 0  # requests that it has
-    slots: int = 1  # requests that it runs side by side
-    seconds: float = 1.0  # that a request takes there
+    seconds: float = 1.0  # compute seconds of a request, see `meter`
     holds: Mapping[str, Holding] = field(default_factory=dict)  # by the names that needs have
 
 
@@ -57,12 +56,16 @@ def rank(replicas: Sequence[Load], needs: Collection[str]) -> list[str]:
 
 
 def _delay(replica: Load, sizes: Mapping[str, int]) -> float:
-    """Seconds until the replica could begin, or be done with what it has begun beside it."""
+    """Seconds that the request would take longer there than on an idle replica that holds its weights.
+
+    Those that run side by side share the replica, and on the mean they are half done. What a batch gains
+    is in their compute seconds.
+    """
     loading = sum(
         nbytes * SECONDS_PER_BYTE[held.tier if (held := replica.holds.get(need)) else None]
         for need, nbytes in sizes.items()
     )
-    return loading + replica.seconds * replica.running / replica.slots
+    return loading + replica.seconds * replica.running / 2
 
 
 def _nbytes(replicas: Sequence[Load], need: str) -> int:

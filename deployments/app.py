@@ -237,7 +237,6 @@ class _WorkerReplica:
 
         self._worker = Worker(settings, open_files(settings.files_url))
         self._meter = Meter(time.monotonic() - began)
-        self._slots = settings.concurrency
 
     async def generate(self, job: Job, needs: Sequence[str] = (), waiting: int = 0) -> AsyncGenerator[Update]:
         """See Worker.generate. `needs` are for the router, `waiting` for the autoscaling."""
@@ -262,7 +261,7 @@ class _WorkerReplica:
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router is told of this replica, see Worker.holdings."""
         holds = {need: (held.tier, held.nbytes) for need, held in self._worker.holdings().items()}
-        return {"slots": self._slots, "seconds": self._worker.seconds, "holds": holds}
+        return {"seconds": self._meter.seconds, "holds": holds}
 
     async def check_health(self) -> None:
         self._worker.check_health()

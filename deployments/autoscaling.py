@@ -7,10 +7,9 @@ counts the requests that it was handed, the replicas tell the rest, see `meter`.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deployments.meter import Told
+from deployments.meter import USUAL_S, Told
 from deployments.scaling import Load, Past, Rules, decide
 
-USUAL_S = 5.0  # compute seconds of a request, before one has ended
 USUAL_START_S = 30.0  # before a replica has started
 
 
@@ -41,7 +40,7 @@ class WorkPolicy:
             busy=sum(each.get("busy", 0.0) for each in told),
             ready=context.current_num_replicas,
             replicas=context.target_num_replicas,
-            start_s=self._given_start_s or self._start_s,
+            start_s=self._start_s if self._given_start_s is None else self._given_start_s,
         )
         rules = Rules(
             context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas, **self._wait

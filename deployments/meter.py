@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 BUSY_S = 60.0  # how far back the share of busy time looks
 SECONDS_S = 300.0  # and the compute seconds of a request
+USUAL_S = 5.0  # of a request, before one has ended
 Told = dict[str, float]
 
 
@@ -26,6 +27,7 @@ class Meter:
         self._busy = 0.0  # share of the time, of late
         self._busy_s = 0.0  # both of these fade alike
         self._done = 0.0
+        self.seconds = USUAL_S  # compute seconds of a request, of late
         self._waiting, self._waiting_at = 0, 0.0
 
     @contextmanager
@@ -39,6 +41,7 @@ class Meter:
             self._advance()
             self._running -= 1
             self._done += 1
+            self.seconds = self._busy_s / self._done
 
     def hear(self, waiting: int) -> None:
         """So many requests wait where Serve does not see them."""

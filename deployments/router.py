@@ -62,7 +62,6 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped her
         return Load(
             name,
             max(known, self._running[name]),
-            told.get("slots", 1),
             told.get("seconds", 1.0),
             self._expected(name) | holds,
         )

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 UTILISATION = 0.8  # of a replica's time, above which a queue in front of it grows long
+NOTHING = 0.05  # replicas' worth of work, which is that of a while ago
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +50,16 @@ def decide(load: Load, rules: Rules, past: Past) -> tuple[int, Past]:
     More as soon as they are needed; fewer once they have not been needed for the hold, or for as long as
     a replica takes to start, lest one be stopped that never ran.
     """
-    if past.asked_at is None:  # the first decision, perhaps of many replicas that are at work
-        past = Past(((load.at, load.replicas),), load.at)
+    is_first = past.asked_at is None  # perhaps with many replicas that are at work
+    before = ((load.at, load.replicas),) if is_first else past.needed
     needed = need(load, rules)
     since = load.at - max(rules.hold_s, load.start_s)
-    held = [(at, count) for at, count in past.needed if at > since and count > needed]
-    asked_at = load.at if load.requests > 0 else past.asked_at
-    is_idle = asked_at is not None and load.at - asked_at >= rules.idle_s
-    slowly = min(load.replicas, max((count for _, count in held), default=0))
-    replicas = max(needed, slowly, rules.least, 0 if is_idle else min(load.replicas, 1))
-    return min(replicas, rules.most), Past((*held, (load.at, needed)), asked_at)
+    held = [(at, count) for at, count in before if at > since and count > needed]
+    asked_at = load.at if past.asked_at is None or load.requests > 0 else past.asked_at
+    is_idle = load.requests <= 0 and load.at - asked_at >= rules.idle_s
+    slowly = min(load.replicas, max((count for _, count in held), default=1))
+    replicas = 0 if is_idle and load.replicas <= 1 else max(needed, slowly)
+    return min(max(replicas, rules.least), rules.most), Past((*held, (load.at, needed)), asked_at)
 
 
 def need(load: Load, rules: Rules) -> int:
@@ -70,5 +71,5 @@ def need(load: Load, rules: Rules) -> int:
     spare = max(0.0, load.ready - load.busy) * load.start_s
     left = max(0.0, load.requests * load.seconds - spare)
     to_clear = math.ceil(left / (rules.target_wait_s + load.seconds))
-    at_work = min(load.replicas, math.ceil(load.busy / UTILISATION))
+    at_work = min(load.replicas, math.ceil(load.busy / UTILISATION - NOTHING))
     return min(rules.most, max(to_clear, at_work, 1 if load.requests > 0 else 0))

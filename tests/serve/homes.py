@@ -32,7 +32,7 @@ class Replica:
         return os.getpid()
 
     def record_routing_stats(self) -> dict[str, Any]:
-        return {"slots": 4, "seconds": self._seconds, "holds": self._holds}
+        return {"seconds": self._seconds, "holds": self._holds}
 
 
 class Caller:

@@ -117,6 +117,12 @@ def test_the_last_one_goes_after_the_idle_time_where_none_is_allowed() -> None:
     assert set(idle(400, RULES)) == {1}
 
 
+def test_what_was_done_a_while_ago_keeps_nobody_awake() -> None:
+    to_zero = replace(RULES, least=0)
+    counts = play([LOAD, *[replace(LOAD, requests=0, busy=1.0)] * 400], to_zero)
+    assert counts.index(0) == RULES.idle_s
+
+
 def test_an_autoscaler_that_starts_anew_stops_nobody_at_once() -> None:
     """It knows nothing of what was before."""
     quiet = replace(LOAD, requests=0, busy=0, replicas=5, ready=5)
