@@ -152,7 +152,7 @@ class _GatewayReplica:
 
     def _opened(self) -> Gateway:
         if self._gateway is None:
-            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep_results_s)
+            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep)
             files = open_files(self._settings.files_url)
             self._gateway = Gateway(queue, files, self._settings)
         return self._gateway
@@ -174,7 +174,7 @@ class _DispatcherReplica:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         if self._dispatcher is None:
-            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep_results_s)
+            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep)
             self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect, _input_type)
             self._sender = _open_sender(self._settings)
             self._sender.start()

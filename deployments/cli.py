@@ -276,7 +276,7 @@ def create_key(
     max_queued: Annotated[int | None, typer.Option(min=1, help="of its tenant's requests that wait")] = None,
     max_running: Annotated[
         int | None,
-        typer.Option(min=1, help="unfinished requests of its tenant, beyond which runs are refused"),
+        typer.Option(min=1, help="of its tenant's requests at once; queued ones wait, runs are refused"),
     ] = None,
     daily_requests: Annotated[int | None, typer.Option(min=1, help="requests accepted in a day, UTC")] = None,
     config: Config = CONFIG,

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_IMAGE_BYTES = 50 * 2**20  # what fal.ai's own toolkit downloads at most
 DAY_S = 86_400.0
-KEEP_RESULTS_S = 30 * DAY_S  # as fal.ai
 
 
 # The methods that fal names, in the files of https://huggingface.co/Xiaojiu-Z/EasyControl
@@ -101,6 +100,18 @@ class WebhookSettings(ReachSettings):
         return self
 
 
+class Retention(Settings):
+    """How long things are kept that nobody deletes."""
+
+    results_s: float = Field(
+        30 * DAY_S,
+        ge=DAY_S,
+        description="a finished request: its input, output, log and webhook; fal.ai keeps them for 30 days",
+    )
+    files_s: int | None = Field(None, gt=0, description="a file whose caller did not say; null: for good")
+    audit_s: float = Field(365 * DAY_S, ge=DAY_S, description="a line of the audit")
+
+
 class OpenAIModel(Settings):
     """What a model's name means at the OpenAI-style paths."""
 
@@ -161,14 +172,7 @@ class FrontSettings(Settings):
     sweep_s: float = Field(
         600, gt=0, description="how often files whose time is over and uploads that were given up are removed"
     )
-    keep_results_s: float = Field(
-        KEEP_RESULTS_S,
-        ge=DAY_S,
-        description="how long a finished request is known: its input, output, log and webhook",
-    )
-    keep_files_s: int | None = Field(
-        None, gt=0, description="how long a file is kept whose caller did not say; null: for good"
-    )
+    keep: Retention = Retention()
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     webhooks: WebhookSettings = WebhookSettings()

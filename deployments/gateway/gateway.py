@@ -151,7 +151,7 @@ class Gateway:
             retries=wishes.retries,
             stores_io=wishes.stores_io,
             tags=wishes.tags,
-            keep_s=wishes.keep_s or self.settings.keep_files_s,
+            keep_s=wishes.keep_s or self.settings.keep.files_s,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
         if job.priority != wishes.priority:

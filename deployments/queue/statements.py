@@ -17,6 +17,7 @@ from sqlalchemy import (
 
 from deployments.queue.rows import STATE_CHANGE
 from deployments.queue.tables import (
+    audit,
     deliveries,
     events,
     is_completed,
@@ -63,14 +64,13 @@ HELD = (
 # Change the columns that are given beside `of`.
 SET = update(requests).where(requests.c.request_id == bindparam("of"))
 
-_count = select(func.count()).select_from(requests)
-_higher = _count.where(_of_model, requests.c.priority < bindparam("priority"))
-_earlier = _count.where(
+_higher = select(requests.c.seq).where(_of_model, requests.c.priority < bindparam("priority"))
+_earlier = select(requests.c.seq).where(
     _of_priority, tuple_(requests.c.turn, requests.c.seq) < tuple_(bindparam("turn"), bindparam("seq"))
 )
 
-# How many queued requests of the model run before this one: two ranges of one index.
-POSITION = select(_higher.scalar_subquery() + _earlier.scalar_subquery())
+# How many queued requests of the model run before this one, up to a number: two ranges of one index.
+POSITION = select(func.count()).select_from(union_all(_higher, _earlier).limit(bindparam("most")).subquery())
 
 # The next requests of a model: the head of one index.
 _may_start = and_(
@@ -84,6 +84,7 @@ UPCOMING = (
     .limit(bindparam("limit"))
 )
 CLAIMABLE = UPCOMING.with_for_update(skip_locked=True)
+CLAIMABLE_BESIDE = CLAIMABLE.where(requests.c.tenant.not_in(bindparam("full", expanding=True)))
 ANY_CLAIMABLE = select(requests.c.seq).where(_of_model, _may_start).limit(1)
 
 RENEW = (
@@ -124,6 +125,9 @@ _unkept = and_(is_unkept, requests.c.finished_at <= bindparam("unkept_before"), 
 UNKEPT = select(requests.c.request_id).where(_unkept).limit(bindparam("limit"))
 _outlived = and_(is_completed, requests.c.finished_at <= bindparam("finished_before"), ~_owes)
 OUTLIVED = select(requests.c.request_id).where(_outlived).limit(bindparam("limit"))
+_oldest_audited = select(audit.c.seq, audit.c.at).order_by(audit.c.seq).limit(bindparam("limit")).subquery()
+OLD_AUDIT = select(_oldest_audited.c.seq).where(_oldest_audited.c.at <= bindparam("audited_before"))
+FORGET_AUDIT = delete(audit).where(audit.c.seq.in_(OLD_AUDIT))
 _old_key = once.c.at < bindparam("keys_before")
 
 ANY_UPKEEP = select(
@@ -133,6 +137,7 @@ ANY_UPKEEP = select(
         exists().where(_unkept),
         exists().where(_outlived),
         exists().where(_old_key),
+        OLD_AUDIT.exists(),
     )
 )
 
