@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
@@ -119,6 +119,13 @@ class Queue:
             "cancel_requested": False,
         }
 
+        place = {
+            "model": job.model,
+            "priority": job.priority,
+            "tenant": job.tenant,
+            "most": max(MAX_POSITION, (max_ahead or 0) + 1),
+        }
+
         def operation(connection: Connection) -> Receipt | RequestError:
             if once is not None and (known := _submitted(connection, job, once, now)) is not None:
                 return known
@@ -127,13 +134,11 @@ class Queue:
             if once is not None:
                 _remember(connection, job, once, now)
             audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
-            turn = connection.execute(sql.TURN, values).scalar_one()
-            seq = connection.execute(sql.ACCEPT, {**values, "turn": turn}).scalar_one()
-            append(connection, job.request_id, notes, now)
-            place = {"model": job.model, "priority": job.priority, "turn": turn, "seq": seq}
-            position = _position(connection, place, max_ahead)
+            turn, position = connection.execute(sql.PLACE, place).one()
             if max_ahead is not None and position > max_ahead:
                 raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
+            connection.execute(sql.ACCEPT, {**values, "turn": turn})
+            append(connection, job.request_id, notes, now)
             return Receipt(job.request_id, position)
 
         receipt = await self._write(operation)
@@ -461,16 +466,10 @@ def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
     connection.execute(sql.REMEMBER_KEY, place | new)
 
 
-def _position(
-    connection: Connection, place: Mapping[str, Any] | RowMapping, counted: int | None = None
-) -> int:
-    """How many queued requests of the model run before the one of this model, priority, turn and seq.
-
-    No more than MAX_POSITION, or a few more than `counted` where that is more, are counted.
-    """
-    most = max(MAX_POSITION, (counted or 0) + 1)
-    wanted = {name: place[name] for name in ("model", "priority", "turn", "seq")}
-    return int(connection.execute(sql.POSITION, {**wanted, "most": most}).scalar_one())
+def _position(connection: Connection, row: RowMapping) -> int:
+    """How many queued requests of the model run before this one, up to MAX_POSITION."""
+    wanted = {name: row[name] for name in ("model", "priority", "turn", "seq")}
+    return int(connection.execute(sql.POSITION, {**wanted, "most": MAX_POSITION}).scalar_one())
 
 
 def _has_work(connection: Connection, model: str, now: float) -> bool:

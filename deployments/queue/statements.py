@@ -2,6 +2,8 @@
 
 from sqlalchemy import (
     BindParameter,
+    ColumnElement,
+    ScalarSelect,
     and_,
     bindparam,
     delete,
@@ -44,9 +46,27 @@ _after_own = select((func.max(requests.c.turn) + 1).label("turn")).where(
 )
 _served_now = select(func.min(requests.c.turn).label("turn")).where(_of_priority)
 _turns = union_all(_after_own, _served_now).subquery()
-TURN = select(func.coalesce(func.max(_turns.c.turn), 0))
+_own = select(func.coalesce(func.max(_turns.c.turn), 0).label("turn")).cte("own")
 
-ACCEPT = insert(requests).returning(requests.c.seq)
+_higher = select(requests.c.seq).where(_of_model, requests.c.priority < bindparam("priority"))
+
+
+def _up_to_most(earlier: ColumnElement[bool]) -> ScalarSelect[int]:
+    """How many queued requests of the model run earlier, up to a number: two ranges of one index."""
+    same = select(requests.c.seq).where(_of_priority, earlier)
+    counted = union_all(_higher, same).limit(bindparam("most")).subquery()
+    return select(func.count()).select_from(counted).scalar_subquery()
+
+
+# The turn of a request that comes now, and its position.
+_own_turn = select(_own.c.turn).scalar_subquery()
+PLACE = select(_own.c.turn, _up_to_most(requests.c.turn <= _own_turn).label("position"))
+
+ACCEPT = insert(requests)
+
+# The position of one that is queued.
+_place = tuple_(bindparam("turn"), bindparam("seq"))
+POSITION = select(_up_to_most(tuple_(requests.c.turn, requests.c.seq) < _place))
 
 FIND = select(requests).where(
     requests.c.request_id == bindparam("request_id"), requests.c.tenant == bindparam("tenant")
@@ -63,14 +83,6 @@ HELD = (
 
 # Change the columns that are given beside `of`.
 SET = update(requests).where(requests.c.request_id == bindparam("of"))
-
-_higher = select(requests.c.seq).where(_of_model, requests.c.priority < bindparam("priority"))
-_earlier = select(requests.c.seq).where(
-    _of_priority, tuple_(requests.c.turn, requests.c.seq) < tuple_(bindparam("turn"), bindparam("seq"))
-)
-
-# How many queued requests of the model run before this one, up to a number: two ranges of one index.
-POSITION = select(func.count()).select_from(union_all(_higher, _earlier).limit(bindparam("most")).subquery())
 
 # The next requests of a model: the head of one index.
 _may_start = and_(
