@@ -128,7 +128,8 @@ class _GatewayReplica:
         keyring = open_keyring(webhooks.keys, webhooks.key_overlap_s)
         table = open_keys(self._settings.queue_url)
         throttle = Throttle(self._settings.bad_keys_per_minute)
-        known = keys.Keys(self._digests, table=table, throttle=throttle)
+        secret = await asyncio.to_thread(self._opened().files.place.secret)
+        known = keys.Keys(self._digests, table=table, throttle=throttle, secret=secret)
         await known.refresh()
         if not known.are_required:
             logger.warning(
