@@ -53,7 +53,8 @@ class Keys:
     None at all means that it is open. A revoked key counts: who had keys once is not open again.
 
     A token is signed with its key's digest, so it ends with the key, and with the server's own `secret`, so
-    the table alone makes none. Every process that knows both reads it. `clock` gives seconds since the epoch, `ticks` seconds that only grow.
+    the table alone makes none. Every process that knows both reads it. `clock` gives seconds since the epoch,
+    `ticks` seconds that only grow.
     """
 
     def __init__(
