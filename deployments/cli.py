@@ -36,7 +36,7 @@ from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
 from schemas.access import Allowance
 from schemas.deliveries import DeliveryState
-from schemas.errors import StoreDown
+from schemas.errors import Erased, StoreDown
 from schemas.jobs import Priority
 from schemas.settings import FrontSettings
 
@@ -465,6 +465,7 @@ def _explained() -> Iterator[None]:
         yield
     except (
         Refused,
+        Erased,
         StoreDown,
         RuntimeError,
         ValueError,
