@@ -6,6 +6,7 @@ import json
 import re
 import resource
 from collections.abc import AsyncIterator
+from itertools import product
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -190,18 +191,18 @@ RAW_HEADERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "value", [b"a\x00b", b"a\x80b", b"a\rx-evil: 1", b"a\x0bb", b"a\r\n x-evil: 1", b"a\x7fb"]
-)
-@pytest.mark.parametrize("name", RAW_HEADERS)
+VALUES = [b"a\x00b", b"a\x80b", b"a\rx-evil: 1", b"a\x0bb", b"a\r\n x-evil: 1", b"a\x7fb"]
+
+
 @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
-async def test_t20_no_header_splits_an_answer(method: str, name: str, value: bytes, place: Place) -> None:
+async def test_t20_no_header_splits_an_answer(method: str, place: Place) -> None:
     head = f"{method} /queue/{ENDPOINT} HTTP/1.1\r\nhost: box\r\n{KEY}content-length: 0\r\n".encode()
-    said = await exchange(place, head + name.encode() + b": " + value + b"\r\nconnection: close\r\n\r\n")
-    assert len(statuses(said)) == 1 and statuses(said)[0] in (200, 204, 400, 401, 422)
-    lines = said.split(b"\r\n\r\n")[0].split(b"\r\n")
-    assert not [line for line in lines if line.lower().startswith(b"x-evil")]
-    assert all(b"\n" not in line and b"\r" not in line and b"\0" not in line for line in lines)
+    for name, value in product(RAW_HEADERS, VALUES):
+        said = await exchange(place, head + name.encode() + b": " + value + b"\r\nconnection: close\r\n\r\n")
+        assert len(statuses(said)) == 1 and statuses(said)[0] in (200, 204, 400, 401, 422), (name, value)
+        lines = said.split(b"\r\n\r\n")[0].split(b"\r\n")
+        assert not [line for line in lines if line.lower().startswith(b"x-evil")]
+        assert all(b"\n" not in line and b"\r" not in line and b"\0" not in line for line in lines)
 
 
 # -- 21: what two servers in a row would read differently
@@ -245,10 +246,7 @@ SMUGGLED = [
 ]
 
 
-@pytest.mark.parametrize("sequence", SMUGGLED, ids=range(len(SMUGGLED)))
-async def test_t21_a_body_is_never_read_as_a_request(
-    sequence: bytes, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_t21_a_body_is_never_read_as_a_request(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Either the first request is refused and the connection closed, or what follows it is no request."""
     smuggled: list[str] = []
 
@@ -257,9 +255,11 @@ async def test_t21_a_body_is_never_read_as_a_request(
         raise RequestNotFound("none")
 
     monkeypatch.setattr(place.gateway, "erase", erase)
-    said = await exchange(place, sequence + b"y\r\n\r\n")
-    assert smuggled == [], statuses(said)
-    assert statuses(said) in ([], [400], [200], [200, 400], [505]), statuses(said)
+    assert len(SMUGGLED) >= 20
+    for sequence in SMUGGLED:
+        said = await exchange(place, sequence + b"y\r\n\r\n")
+        assert smuggled == [], (sequence, statuses(said))
+        assert statuses(said) in ([], [400], [200], [200, 400], [505]), (sequence, statuses(said))
 
 
 async def test_the_inner_request_would_be_seen(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
