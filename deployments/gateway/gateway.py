@@ -76,7 +76,7 @@ class Gateway:
 
     def __init__(self, queue: Queue, files: FileStore, settings: FrontSettings) -> None:
         self.files = files
-        self.uploads = Uploads(files, settings.max_upload_bytes)
+        self.uploads = Uploads(files, settings.max_upload_bytes, settings.min_free_bytes)
         self.settings = settings
         self._queue = queue
         self._receivers = Guard(settings.webhooks)
@@ -119,8 +119,9 @@ class Gateway:
     ) -> Accepted:
         """Accept a request. When this returns it is on disk.
 
-        Raises NotFound, InputError, QueueFull, or BadRequest for a webhook to where none may go.
+        Raises NotFound, InputError, QueueFull, StoreFull, or BadRequest for a webhook to where none may go.
         """
+        self.files.check_room(self.settings.min_free_bytes)
         model = self._model_of(endpoint_id)
         kind = registry.endpoint(endpoint_id).input_type()
         request = validation.validate(kind, fields, self.settings.limits)

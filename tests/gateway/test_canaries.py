@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -134,7 +134,7 @@ async def _scenario(
     yield await client.put(url, content=b"y", headers={"content-type": "a/b"})
 
 
-def _ending(error: InternalError | WorkerLost | None) -> object:
+def _ending(error: InternalError | WorkerLost | None) -> Callable[[Job], JobResult]:
     def outcome(job: Job) -> JobResult:
         return JobResult.failure(error or InternalError("The model failed."))
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -287,6 +287,10 @@ async def test_t25_closed_and_forbidden_look_the_same(
     forbidden = await owe(queue, "http://inside.example:1/")
     await send(sender)
     assert await outcomes(outbox, closed) == await outcomes(outbox, forbidden)
+
+
+def test_t25_nothing_that_a_receiver_says_is_kept_but_its_status() -> None:
+    assert {each.name for each in fields(Outcome)} == {"status", "error", "duration_s"}
 
 
 async def test_what_a_closing_sender_had_under_way_is_sent_by_the_next(
