@@ -22,6 +22,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments import logs
 from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
@@ -247,6 +248,7 @@ def _join_logs() -> None:
     for room in ("deployments", "pipelines"):
         logging.getLogger(room).parent = logger
         logging.getLogger(room).setLevel(logging.INFO)
+    logs.install(logger)
 
 
 def _open_sender(settings: FrontSettings) -> Sender:

@@ -164,6 +164,9 @@ class FrontSettings(Settings):
         default_factory=dict,
         description="names that /v1/images takes beside endpoint ids: {gpt-image-2: {generations: …}}",
     )
+    min_free_bytes: int = Field(
+        2**28, ge=0, description="of the disk of files_url; below it uploads and submits are refused with 507"
+    )
     body_grace_s: float = Field(30, gt=0, description="how long the server waits for a body to come")
     body_bytes_per_s: float = Field(1024, gt=0, description="and a second more for so many bytes that came")
     realtime_idle_s: float | None = Field(
