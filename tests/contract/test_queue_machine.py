@@ -212,7 +212,10 @@ class QueueMachine(RuleBasedStateMachine):
             self.book.keys[job.tenant, once.key] = (once.fingerprint, job.request_id, self.now)
         return job.request_id
 
-    @rule(request_id=ids, is_own=st.sampled_from((True, True, False)))
+    @rule(
+        request_id=st.one_of(ids, claims.map(lambda claim: claim.job.request_id)),
+        is_own=st.sampled_from((True, True, False)),
+    )
     def cancel(self, request_id: str, is_own: bool) -> None:
         request = self.book.requests.get(request_id)
         tenant = request.job.tenant if request is not None and is_own else "carol"
