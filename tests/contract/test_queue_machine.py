@@ -40,7 +40,7 @@ from schemas.errors import (
     WorkerLost,
 )
 from schemas.jobs import CancelOutcome, Claim, Job, JobResult, Logged, Once, Previewed, Priority, State
-from schemas.settings import LeaseSettings
+from schemas.settings import LeaseSettings, Retention
 from tests.support import queue_model as model
 from tests.support.jobs import ENDPOINT, Clock
 from tests.support.queue_model import Book, Request
@@ -104,7 +104,8 @@ class Store:
 def store(queue_url: str) -> Iterator[Store]:
     async def opened() -> Store:
         clock, database = Clock(), open_database(queue_url)
-        queue = Queue(database, LEASE, model.KEEP_S, clock=clock)
+        keep = Retention.model_construct(results_s=model.KEEP_S)  # shorter than may be set
+        queue = Queue(database, LEASE, keep, clock=clock)
         return Store(runner, database, queue, Outbox(database, model.WEBHOOK_LEASE_S, clock), clock)
 
     with asyncio.Runner() as runner:
