@@ -108,6 +108,7 @@ def _down(error: Exception) -> StoreDown:
 def _open(path: Path) -> Engine:
     engine = create_engine(
         f"sqlite:///{path}",
+        hide_parameters=True,  # they are the callers' own
         connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
         pool_size=READERS + 2,
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 
 from deployments.queue import Queue, Setback, open_audit
 from deployments.queue.queue import LEAD_S
@@ -442,6 +443,15 @@ async def test_concurrent_submits_are_all_kept_in_one_order(queue: Queue) -> Non
     receipts = await asyncio.gather(*(queue.submit(job) for job in jobs))
     assert sorted(receipt.position for receipt in receipts) == list(range(300))
     assert len(await claim(queue, limit=1000)) == 300
+
+
+async def test_what_fails_in_the_database_tells_nothing_of_a_request(queue: Queue) -> None:
+    job = make_job(input={"prompt": "a word that is nobody else's"})
+    await queue.submit(job)
+    with pytest.raises(IntegrityError) as failed:
+        await queue.submit(job)
+    assert "INSERT INTO requests" in str(failed.value)
+    assert "nobody else" not in str(failed.value)
 
 
 async def test_a_second_submit_of_an_id_is_refused_and_harms_no_other(queue: Queue) -> None:
