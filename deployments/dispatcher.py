@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
+from deployments import crash
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
 from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
@@ -137,6 +138,7 @@ class Dispatcher:
         room = self._windows[model] - running
         claims = await self._queue.claim(model, self.owner, room) if room > 0 else []
         for claim in claims:
+            crash.point("dispatcher.starts")
             self._start(claim)
         return len(claims) >= room
 
@@ -228,7 +230,9 @@ class Dispatcher:
             await _insist(partial(self._queue.finish, claim, JobResult.failure(late)))
 
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
+        crash.point("dispatcher.releases")
         await _insist(partial(self._queue.release, claim, setback, delay_s))
+        crash.point("dispatcher.released")
 
     async def _follow(self, claim: Claim, began: Callable[[], None]) -> None:
         """Write down what the worker says until it gives the result; its first word says that it began."""
@@ -236,9 +240,11 @@ class Dispatcher:
         async with contextlib.aclosing(handle.generate(claim.job)) as updates:
             async for update in updates:
                 began()
+                crash.point("dispatcher.heard")
                 if not await _insist(partial(self._write, claim, update)):
                     return  # someone else has it
                 if update.result is not None:
+                    crash.point("dispatcher.finished")
                     return
         raise WorkerLost("The worker ended without a result.")
 

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from deployments import crash
+
 WordT = TypeVar("WordT", bound=BaseModel)
 
 SECRET_BYTES = 32
@@ -49,8 +51,12 @@ def load_secret(path: Path) -> bytes:
         drawn = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         with open(os.open(drawn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(secrets.token_bytes(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())  # an empty one would be everybody's
+        crash.point("secret.written")
         try:
             os.link(drawn, path)  # whole at once, and never over another's
+            crash.point("secret.linked")
         except FileExistsError:
             pass
         finally:

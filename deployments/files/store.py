@@ -22,6 +22,7 @@ import obstore
 from obstore.exceptions import BaseError
 from pydantic import BaseModel, ConfigDict
 
+from deployments import crash
 from deployments.files import shown
 from deployments.files.bucket import Bucket
 from deployments.files.folder import Folder
@@ -91,9 +92,11 @@ class FileStore:
             expires_at = int(self.clock() + keep_s)
             key = key.replace(".", f"-{expires_at}.")
             await self.let_expire(key, expires_at)
+            crash.point("save.marked")
         attributes = self.place.attributes(shown.headers(content_type, None, keep_s))
         with told():
             await obstore.put_async(self.objects, key, data, attributes=attributes)
+        crash.point("save.put")
         return key
 
     async def let_expire(self, key: str, expires_at: float) -> None:
@@ -142,6 +145,7 @@ class FileStore:
         try:
             with told():
                 await obstore.delete_async(self.objects, key)
+                crash.point("file.removed")
         except FileNotFoundError:
             pass  # another call was faster
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
+from deployments import crash
 from deployments.queue import rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
@@ -116,15 +117,20 @@ class Queue:
         def operation(connection: Connection) -> Receipt:
             if once is not None and (known := _submitted(connection, job, once, now)) is not None:
                 return known
+            crash.point("submit.begun")
             turn = connection.execute(sql.TURN, values).scalar_one()
+            crash.point("submit.turn_drawn")
             seq = connection.execute(sql.ACCEPT, {**values, "turn": turn}).scalar_one()
+            crash.point("submit.inserted")
             append(connection, job.request_id, notes, now)
+            crash.point("submit.noted")
             position = _position(connection, job.model, job.priority, turn, seq)
             if max_ahead is not None and position > max_ahead:
                 raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
             return Receipt(job.request_id, position)
 
         receipt = await self._write(operation)
+        crash.point("submit.stored")
         self.wake()
         return receipt
 
@@ -161,10 +167,13 @@ class Queue:
                 raise BadRequest("The request is still in progress; cancel it first.")
             if connection.scalar(sql.OWED, {"request_id": request_id}) is not None:
                 raise BadRequest("The request's webhook is still being delivered; try again later.")
+            crash.point("erase.found")
             erase(connection, request_id)
             return record
 
-        return await self._write(operation)
+        record = await self._write(operation)
+        crash.point("erase.stored")
+        return record
 
     async def events(self, request_id: str, after: int = 0) -> list[Event]:
         """The events of a request with `seq` above `after`, in order."""
@@ -211,13 +220,17 @@ class Queue:
             if record.state == State.COMPLETED:
                 return CancelOutcome.ALREADY_COMPLETED
             if record.state == State.QUEUED:
+                crash.point("cancel.waits")
                 complete(connection, record.job, JobResult.failure(Cancelled()), now)
             else:
+                crash.point("cancel.runs")
                 change(connection, request_id, cancel_requested=True)
+                crash.point("cancel.marked")
                 note(connection, request_id, now)
             return CancelOutcome.REQUESTED
 
         outcome = await self._write(operation)
+        crash.point("cancel.stored")
         self.wake()
         return outcome
 
@@ -259,9 +272,12 @@ class Queue:
             now = self._clock()
             wanted = {"model": model, "now": now, "limit": limit}
             found = connection.execute(sql.CLAIMABLE, wanted).mappings().all()
+            crash.point("claim.found")
             return [take(connection, row, owner, now, now + self._lease.lease_s) for row in found]
 
-        return await self._write(operation)
+        claims = await self._write(operation)
+        crash.point("claim.stored")
+        return claims
 
     async def upcoming(self, model: str, limit: int) -> list[Job]:
         """The jobs that the next `claim` of so many would take. Takes none of them."""
@@ -284,9 +300,12 @@ class Queue:
                 )
                 for claim in claims
             ]
+            crash.point("heartbeat.renewed")
             return frozenset(request_id for request_id in renewed if request_id is not None)
 
-        return await self._write(operation)
+        held = await self._write(operation)
+        crash.point("heartbeat.stored")
+        return held
 
     async def record(self, claim: Claim, news: Sequence[JobEvent]) -> bool:
         """Store events of a running job. False, and nothing stored, when the claim is lost."""
@@ -295,10 +314,14 @@ class Queue:
         def operation(connection: Connection) -> bool:
             if held(connection, claim) is None:
                 return False
+            crash.point("record.held")
             append(connection, claim.job.request_id, news, now)
+            crash.point("record.appended")
             return True
 
-        return await self._write(operation)
+        is_held = await self._write(operation)
+        crash.point("record.stored")
+        return is_held
 
     async def finish(self, claim: Claim, result: JobResult, news: Sequence[JobEvent] = ()) -> bool:
         """End a job with its result and owe its webhook, in one transaction.
@@ -311,12 +334,17 @@ class Queue:
             row = held(connection, claim)
             if row is None:
                 return False
+            crash.point("finish.held")
             append(connection, claim.job.request_id, news, now)
+            crash.point("finish.appended")
             outcome = JobResult.failure(Cancelled()) if row["cancel_requested"] else result
             complete(connection, claim.job, outcome, now)
+            crash.point("finish.completed")
             return True
 
-        return await self._write(operation)
+        is_held = await self._write(operation)
+        crash.point("finish.stored")
+        return is_held
 
     async def release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> bool:
         """Give a claim back unfinished, to be claimed again after `delay_s`, or the backoff after a crash.
@@ -329,10 +357,13 @@ class Queue:
             row = held(connection, claim)
             if row is None:
                 return False
+            crash.point("release.held")
             put_back(connection, row, setback, self._lease, now, delay_s)
             return True
 
-        return await self._write(operation)
+        is_held = await self._write(operation)
+        crash.point("release.stored")
+        return is_held
 
     async def leads(self, role: str, owner: str) -> bool:
         """Whether `owner` is the one that does this now; whoever asks no more is followed by another."""
@@ -347,12 +378,17 @@ class Queue:
         def operation(connection: Connection) -> bool:
             if leader is None:
                 connection.execute(sql.FIRST_LEADER, {"role": role, "owner": "", "lease_until": 0.0})
-            return connection.scalar(sql.LEAD, place) is not None
+                crash.point("lead.founded")
+            is_leader = connection.scalar(sql.LEAD, place) is not None
+            crash.point("lead.taken")
+            return is_leader
 
         try:
-            return await self._database.write(operation)
+            is_leader = await self._database.write(operation)
         except IntegrityError:  # another was the first
             return False
+        crash.point("lead.stored")
+        return is_leader
 
     async def sweep(self) -> int:
         """Do what time has made due: leases that lapsed, starts that were missed, results kept long enough.
@@ -363,7 +399,9 @@ class Queue:
         times = upkeep.times(now, self._keep_results_s)
         if not await self._database.read(lambda connection: connection.scalar(sql.ANY_UPKEEP, times)):
             return 0
-        return await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
+        count = await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
+        crash.point("sweep.stored")
+        return count
 
     async def reroute(self, routes: Mapping[str, str]) -> None:
         """Move what waits to the models that serve its endpoints now (endpoint id → model)."""
@@ -371,8 +409,10 @@ class Queue:
         def operation(connection: Connection) -> None:
             for endpoint_id, model in routes.items():
                 connection.execute(sql.REROUTE, {"endpoint": endpoint_id, "to_model": model})
+                crash.point("reroute.moved")
 
         await self._write(operation)
+        crash.point("reroute.stored")
 
     # --- inside ---
 
@@ -425,9 +465,12 @@ def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Rece
         is_queued = row["state"] == State.QUEUED
         position = _position_of(connection, row) if is_queued else 0
         return Receipt(row["request_id"], position, replayed=True)
+    crash.point("key.unknown")
     connection.execute(sql.FORGET_KEY, place)
+    crash.point("key.forgotten")
     new = {"fingerprint": once.fingerprint, "request_id": job.request_id, "at": now}
     connection.execute(sql.REMEMBER_KEY, place | new)
+    crash.point("key.remembered")
     return None
 
 

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from deployments import crash
 from schemas.settings import local_path
 
 FIRST = 0  # when the first key begins to sign: nobody knows an older one
@@ -73,11 +74,13 @@ class Keyring:
             raise ValueError(f"a new key is published already; it signs from {keys[-1].signs_from} on")
         signs_from = int(now + self._overlap_s) + 1
         self._draw(signs_from)
+        crash.point("keyring.drawn")
         keys = self._keys()
         listed = self._listed(keys)
         for key in keys:
             if key not in listed:
                 self._path(key.signs_from).unlink(missing_ok=True)
+                crash.point("keyring.removed")
         return signs_from
 
     def _signing(self, keys: list[_Key]) -> _Key:
@@ -114,8 +117,10 @@ class Keyring:
             file.write(pem)
             file.flush()
             os.fsync(file.fileno())
+        crash.point("keyring.written")
         try:
             os.link(drawn, self._path(signs_from))  # never over another's
+            crash.point("keyring.linked")
         except FileExistsError:
             pass
         finally:
