@@ -48,7 +48,7 @@ class Signer:
 def load_secret(path: Path) -> bytes:
     """The secret in a file, for the owner's eyes only. Whoever comes first draws it."""
     if not path.exists():
-        drawn = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        drawn = path.with_name(f"{path.name}#{secrets.token_hex(8)}")  # left by the dead, it is swept
         with open(os.open(drawn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(secrets.token_bytes(SECRET_BYTES))
             file.flush()

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from deployments import crash
 from schemas.settings import local_path
 
+DRAWING_S = 60.0  # a process that draws a key for so long is dead
 FIRST = 0  # when the first key begins to sign: nobody knows an older one
 
 
@@ -73,6 +74,7 @@ class Keyring:
         if keys[-1].signs_from > now:
             raise ValueError(f"a new key is published already; it signs from {keys[-1].signs_from} on")
         signs_from = int(now + self._overlap_s) + 1
+        self._clear(now)
         self._draw(signs_from)
         crash.point("keyring.drawn")
         keys = self._keys()
@@ -125,6 +127,12 @@ class Keyring:
             pass
         finally:
             drawn.unlink()
+
+    def _clear(self, now: float) -> None:
+        """Remove the copies of keys that processes left which died while they drew them."""
+        for drawn in self._folder.glob("*.new"):
+            if drawn.stat().st_mtime < now - DRAWING_S:
+                drawn.unlink(missing_ok=True)
 
     def _path(self, signs_from: int) -> Path:
         return self._folder / f"{signs_from}.pem"

@@ -47,7 +47,12 @@ class Facts:
 
     def is_erased(self, request_id: str) -> bool:
         final = self.finals.get(request_id)
-        return final is not None and final["error_type"] == "payloads_deleted"
+        return final is not None and _is_gone(final)
+
+
+def _is_gone(event: Event) -> bool:
+    """Whether the payloads have been erased."""
+    return bool(event["error_type"] == "payloads_deleted")
 
 
 def judge(history: list[Event]) -> list[Violation]:
@@ -67,7 +72,7 @@ def _ends(facts: Facts) -> Iterator[str]:
 
 def _results_stay(facts: Facts) -> Iterator[str]:
     for request_id, seen in facts.of("seen").items():
-        told = {each["digest"] for each in seen if each["state"] == "completed"}
+        told = {each["digest"] for each in seen if each["state"] == "completed" and not _is_gone(each)}
         final = facts.finals.get(request_id)
         if final is not None and told and not facts.is_erased(request_id):
             told.add(final["digest"])
@@ -79,6 +84,10 @@ def _results_stay(facts: Facts) -> Iterator[str]:
             continue
         if final["digest"] != each["digest"] and final["error_type"] != "client_cancelled":
             yield f"{each['id']} has another result than the one that was committed"
+    asked_for = set(facts.of("erasing"))
+    for final in facts.finals.values():
+        if _is_gone(final) and final["id"] in facts.kept() and final["id"] not in asked_for:
+            yield f"{final['id']} was erased, and nobody asked for it"
     nonces = {(each["id"], each["nonce"]) for each in facts.all("began")}
     for final in facts.finals.values():
         if final.get("nonce") is not None and (final["id"], final["nonce"]) not in nonces:

@@ -7,10 +7,10 @@ of the machine's monotonic clock, the same in all processes. The kinds and their
     submit       id, tenant, model, priority, key, print, webhook, deadline, forgettable
     accepted     of (the id that was submitted), id (the one answered), key, tenant
     refused      of, is_unknown (whether it may have happened all the same)
-    seen         id, tenant, state, status, digest
+    seen         id, tenant, state, error_type, digest
     peeked       id, tenant, found (whether a tenant that is not its own saw it)
     cancelling   id; then cancelled: id, outcome
-    erased, redelivered: id
+    erasing, redelivered: id
     claimed      id, fence, attempt
     began        id, nonce, clock
     committing   id, fence; then committed: id, fence, held, digest

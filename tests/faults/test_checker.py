@@ -35,7 +35,7 @@ def run(name: str, at: float, fence: int, attempt: int, commits: bool = True) ->
 def seen(name: str, at: float, state: str) -> Event:
     result = f"result of {name}" if state == "completed" else None
     return {
-        "kind": "seen", "id": name, "tenant": "alice", "state": state, "status": 200, "digest": result,
+        "kind": "seen", "id": name, "tenant": "alice", "state": state, "error_type": None, "digest": result,
         "asked": at, "at": at + 0.01,
     }  # fmt: skip
 
@@ -118,6 +118,10 @@ LIES: dict[str, tuple[str, Callable[[History], None]]] = {
     "a result changes": ("I2", lambda h: change(h, "seen", "one", digest="another")),
     "the result is not the committed one": ("I2", lambda h: change(h, "final", "two", digest="another")),
     "nobody computed the result": ("I2", lambda h: change(h, "final", "one", nonce="one/9")),
+    "a result is erased unasked": (
+        "I2",
+        lambda h: change(h, "final", "keyed", error_type="payloads_deleted"),
+    ),
     "two commits are taken": ("I3", lambda h: h.extend(run("two", 8.0, 3, 3))),
     "a stale commit is taken": (
         "I3",
