@@ -130,7 +130,7 @@ class Dispatcher:
         full = [model for model in waiting.models if await self._fill(model)]
         for model in full:
             await self._foresee(model)
-        return max(0.0, self._next_sweep - self._queue.now())
+        return min(IDLE_S, max(0.0, self._next_sweep - self._queue.now()))  # the clock may be set
 
     async def _fill(self, model: str) -> bool:
         """Hand over what the window has room for. Returns whether it is full."""

@@ -107,7 +107,7 @@ class Queue:
             "state": State.QUEUED,
             "accepted_at": now,
             "start_deadline": deadline,
-            "not_before": now,
+            "not_before": 0.0,  # whatever the clocks of others say
             "fence": 0,
             "attempts": 0,
             "crashes": 0,

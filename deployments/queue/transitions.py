@@ -69,7 +69,7 @@ def put_back(
             state=State.QUEUED,
             crashes=crashes,
             attempts=attempts,
-            not_before=now + backoff_s,
+            not_before=now + backoff_s if backoff_s else 0.0,
             # one that began did so in time
             start_deadline=row["start_deadline"] if setback is Setback.UNSTARTED else None,
             lease_owner=None,

@@ -1,5 +1,6 @@
 """A front without HTTP and without Ray: queue, dispatcher, sender and files, all real, over one model."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,9 +18,10 @@ from deployments.webhooks import sender as sender_module
 from deployments.webhooks.keyring import Keyring
 from deployments.webhooks.sender import Sender
 from pipelines.registry import endpoint
+from schemas.errors import StoreDown
 from schemas.settings import Catalogue, LeaseSettings, WebhookSettings
 from tests.faults.history import History
-from tests.faults.telling import Artist, Client, TellingQueue, settled, tell_the_end
+from tests.faults.telling import Artist, Client, Painter, TellingQueue, settled, tell_the_end
 from tests.support.jobs import ENDPOINT
 
 SECOND = "fal-ai/flux-lora/image-to-image"  # the endpoint of a model that only some tests run
@@ -69,8 +71,13 @@ class Front:
         await self.dispatcher.configure(Catalogue.model_validate({"models": models}))
         self.sender.start()
 
-    async def drain(self, *, is_quiet: bool = True) -> None:
+    async def drain(self) -> None:
         """Wait until everything that was accepted has ended, and its webhooks."""
+        await self.end()
+        await settled(self.outbox)
+
+    async def end(self) -> None:
+        """Wait until everything that was accepted has ended."""
         events = self.history.read()
         submits = {each["id"]: each for each in events if each["kind"] == "submit"}
         accepted = [each for each in events if each["kind"] == "accepted"]
@@ -78,29 +85,40 @@ class Front:
             if not submits[each["of"]]["forgettable"]:
                 client = Client(self.queue, self.history, each["tenant"])
                 await client.end(each["id"])
-        await settled(self.outbox)
+
+
+@dataclass
+class Watch:
+    """A clock that can be set."""
+
+    ahead_s: float = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead_s
 
 
 @asynccontextmanager
 async def front(
-    place: Place, *, ahead_s: float = 0, lease: LeaseSettings = LEASE, artist: type[Artist] = Artist
+    place: Place,
+    *,
+    clock: Watch | None = None,
+    lease: LeaseSettings = LEASE,
+    artist: type[Artist] = Artist,
+    patience_s: float = 0,
 ) -> AsyncIterator[Front]:
-    """A front whose clock goes ahead by so much, closed at the end."""
-
-    def clock() -> float:
-        return time.time() + ahead_s
-
+    """A front, closed at the end. Its store may be down for `patience_s` before it is opened."""
+    clock = clock or Watch()
     # a look at the clock now and then finds what falls due; tests need not wait for it
     dispatcher_module.IDLE_S = 0.05
     sender_module.IDLE_S = 0.05
     history = History(place.history)
     history.write("limits", max_attempts=lease.max_attempts, max_crashes=lease.max_crashes)
-    database = open_database(place.queue_url)
+    database = await _opened(place.queue_url, patience_s)
     queue = TellingQueue(history, database, lease, clock)
     settings = WebhookSettings(
         allowed_networks=("127.0.0.0/8",), allowed_ports=(), timeout_s=10, lease_s=20, retries_s=(0.05,) * 5
     )
-    outbox = Outbox(open_database(place.queue_url), settings.lease_s, clock)
+    outbox = Outbox(await _opened(place.queue_url, patience_s), settings.lease_s, clock)
     files = open_files(f"file://{place.folder}/files")
     model = artist(history, files, clock)
     dispatcher = Dispatcher(queue, lease, model.connect, lambda each: endpoint(each).input_type())
@@ -116,9 +134,20 @@ async def front(
         history.close()
 
 
-async def finish(place: Place, ahead_s: float = 100, lease: LeaseSettings = LEASE) -> None:
+async def _opened(url: str, patience_s: float) -> Database:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return open_database(url)
+        except StoreDown:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.1)
+
+
+async def finish(place: Place, ahead_s: float = 100) -> None:
     """Start anew on what is left of a run, let everything end, and write down how it did."""
-    async with front(place, ahead_s=ahead_s, lease=lease) as again:
+    async with front(place, clock=Watch(ahead_s), artist=Painter) as again:
         await again.serve()
         await again.drain()
         await again.dispatcher.close()

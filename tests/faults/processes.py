@@ -19,6 +19,8 @@ _forks = multiprocessing.get_context("forkserver")
 # pytest, because the children of one that was started as a module import it once more
 _forks.set_forkserver_preload(["pytest", "tests.faults.scenarios", "tests.faults.processes", "psycopg"])
 
+_started: list[BaseProcess] = []
+
 Play = Callable[..., Awaitable[None]]
 
 migrations._revisions()  # read once, before the forks
@@ -28,8 +30,9 @@ def start(
     play: Play, *arguments: Any, crash_at: str | None = None, note_in: Path | None = None
 ) -> BaseProcess:
     """Run a coroutine function in a new process, which exits at a point, or notes those that it passes."""
-    process = _forks.Process(target=_run, args=(play, arguments, crash_at, note_in))
+    process = _forks.Process(target=_run, args=(play, arguments, crash_at, note_in), daemon=True)
     process.start()
+    _started.append(process)
     return process
 
 
@@ -42,6 +45,14 @@ def run(play: Play, *arguments: Any, crash_at: str | None = None, note_in: Path 
         process.join()
         raise AssertionError(f"{play.__name__} at {crash_at} did not end within {PATIENCE_S:.0f} s")
     return process.exitcode
+
+
+def kill_all() -> None:
+    """Leave nothing behind, the frozen included."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.join()
 
 
 def passes(folder: Path) -> Counter[str]:

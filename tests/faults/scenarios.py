@@ -26,7 +26,7 @@ from deployments.webhooks.keyring import Keyring
 from schemas.deliveries import Outcome
 from schemas.jobs import Claim, JobResult, Logged, Priority
 from schemas.settings import WeightSettings
-from tests.faults.fronts import LEASE, LONG_S, SECOND, Front, Place, finish, front, tell_of_files
+from tests.faults.fronts import LEASE, LONG_S, SECOND, Front, Place, Watch, finish, front, tell_of_files
 from tests.faults.history import History
 from tests.faults.telling import Client, TellingQueue, settled
 
@@ -47,7 +47,7 @@ async def play_queue(place: Place) -> None:
 
 async def end_queue(place: Place) -> None:
     """Clients whose submit was not answered try again under its key; then everything ends."""
-    async with front(place, ahead_s=100) as again:
+    async with front(place, clock=Watch(100)) as again:
         events = again.history.read()
         answered = {each["of"] for each in events if each["kind"] in ("accepted", "refused")}
         for each in events:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -66,7 +67,8 @@ class TellingQueue(Queue):
 class Artist:
     """A ModelHandle. It draws a file of random bytes, and does before what the prompt says:
 
-    `lost` loses its worker once, `deadly` each time, `slow` takes a moment, `hang` never ends.
+    `lost` loses its worker once, `deadly` each time, `slow` takes a moment, `hang` never ends, and
+    `gate PATH` waits until there is a file.
     """
 
     def __init__(self, history: History, files: FileStore, clock: Callable[[], float] = time.time) -> None:
@@ -85,21 +87,38 @@ class Artist:
         nonce = uuid4().hex
         self._history.write("began", id=job.request_id, nonce=nonce, clock=self._clock())
         yield Update((Logged("it begins"), Previewed({"images": []})))
-        prompt = job.input["prompt"]
-        if prompt == "deadly" or (prompt == "lost" and job.request_id not in self._lost):
-            self._lost.add(job.request_id)
-            raise WorkerLost("gone")
-        if prompt == "slow":
-            await asyncio.sleep(0.02)
-        if prompt == "hang":
-            await asyncio.Event().wait()
+        await self._meet(job)
         drawn = nonce.encode() * 32
         key = await self._save(drawn)
         image = {"url": self._files.url(key, "http://here"), "sha256": sha256(drawn).hexdigest()}
         yield Update((Logged("drawn"),), JobResult.success({"nonce": nonce, "images": [image]}, 0.1))
 
+    async def _meet(self, job: Job) -> None:
+        """What lies in its way."""
+        what, _, path = job.input["prompt"].partition(" ")
+        if what == "deadly" or (what == "lost" and job.request_id not in self._lost):
+            self._lost.add(job.request_id)
+            raise WorkerLost("gone")
+        if what == "slow":
+            await asyncio.sleep(0.02)
+        if what == "hang":
+            await asyncio.Event().wait()
+        while what == "gate" and not Path(path).exists():
+            await asyncio.sleep(0.01)
+
     async def _save(self, drawn: bytes) -> str:
-        return await self._files.save(drawn, "image/png", KEEP_S)
+        while True:
+            try:
+                return await self._files.save(drawn, "image/png", KEEP_S)
+            except StoreDown:
+                await asyncio.sleep(0.05)
+
+
+class Painter(Artist):
+    """One that nothing lies in the way of."""
+
+    async def _meet(self, job: Job) -> None:
+        """Nothing."""
 
 
 class Client:
@@ -143,6 +162,13 @@ class Client:
         told = {"id": receipt.request_id, "key": key, "tenant": self._tenant}
         self._history.write("accepted", of=job.request_id, **told)
         return receipt.request_id
+
+    async def insist(self, prompt: str = "plain", **fields: Any) -> str:
+        """Submit under a key of its own until the server takes it, as a client does whose server is down."""
+        key = uuid4().hex
+        while (request_id := await self.submit(prompt, key=key, **fields)) is None:
+            await asyncio.sleep(0.02)
+        return request_id
 
     async def look(self, request_id: str) -> State | None:
         """What the request's own tenant sees, and what another one does."""

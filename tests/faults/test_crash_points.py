@@ -4,7 +4,7 @@ import ast
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from tests.faults.fronts import Place
 from tests.faults.history import History
 from tests.faults.judging import prepare, verdict
 from tests.support.postgres import PostgresServer
-from tests.support.receivers import Receiver, receiving
+from tests.support.receivers import Receiver
 
 ROOT = Path(__file__).parents[2]
 LEAST = 60  # points that each store must survive
@@ -35,12 +35,6 @@ def points() -> list[str]:
                 [name] = node.args
                 found.append(ast.literal_eval(name))
     return found
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    with receiving() as receiver:
-        yield receiver
 
 
 @pytest.fixture(params=STORES)
