@@ -41,6 +41,11 @@ class Place:
     def history(self) -> Path:
         return self.folder / "history"
 
+    @property
+    def disk(self) -> Path:
+        """Where the queue's database is, if it is a file below the folder."""
+        return self.folder / "disk"
+
     def hook(self, name: str = "plain") -> str:
         return f"{self.receiver_url}/{name}"
 

@@ -12,8 +12,8 @@ from deployments.queue import sqlite
 from schemas.errors import StoreDown, WorkerLost
 from schemas.jobs import Job, Priority
 from schemas.settings import LeaseSettings
-from tests.faults import processes
-from tests.faults.fronts import Place, front
+from tests.faults import disks, processes
+from tests.faults.fronts import Place, finish, front
 from tests.faults.telling import Artist, Client
 
 SHORT = LeaseSettings(lease_s=1.5, heartbeat_s=0.3, backoff_s=0)
@@ -116,3 +116,64 @@ async def look_for(place: Place, known: Sequence[str], unknown: Sequence[str]) -
             assert await one.client.look(request_id) is not None
         for request_id in unknown:
             assert await one.client.look(request_id) is None
+
+
+async def on_a_small_disk(place: Place, is_mounted: bool) -> None:
+    """A disk fills up while requests run, and has room again after a while."""
+    if is_mounted:
+        for folder in (place.disk, place.folder / "files"):
+            folder.mkdir()
+            disks.mount_small(folder, 3 * 2**20)
+    async with front(place) as one:
+        await one.serve()
+        running = [await one.client.insist(f"gate {place.folder}/open", webhook_url=place.hook())]
+        running += [await one.client.insist("slow") for _ in range(5)]
+        _fill(place, is_mounted)
+        refused = 0
+        while refused < 3:  # what still fits is taken
+            refused += await one.client.submit("x" * 50_000) is None
+        (place.folder / "open").touch()  # the picture finds no room, or its result
+        await asyncio.sleep(0.3)
+        left = [each for each in (place.folder / "files").glob("*.png") if each.stat().st_size != DRAWN_BYTES]
+        one.history.write("left", what="short files", count=len(left))
+        _empty(place, is_mounted)
+        await one.client.insist()
+        await one.drain()
+    await finish(place)
+
+
+DRAWN_BYTES = 32 * 32  # of a picture
+
+
+def _fill(place: Place, is_mounted: bool) -> None:
+    if not is_mounted:
+        disks.limit_files(os.stat(f"{place.disk}/queue.sqlite3-wal").st_size + 40_000)
+        return
+    for folder in (place.disk, place.folder / "files"):
+        for size in (2**16, 2**10):
+            try:
+                with (folder / f"filler{size}").open("wb", buffering=0) as file:
+                    while file.write(bytes(size)):
+                        pass
+            except OSError:
+                pass  # it is full
+
+
+def _empty(place: Place, is_mounted: bool) -> None:
+    if not is_mounted:
+        disks.limit_files(None)
+        return
+    for folder in (place.disk, place.folder / "files"):
+        for filler in folder.glob("filler*"):
+            filler.unlink()
+
+
+async def with_failing(place: Place, call_name: str) -> None:
+    """Submits before and after a system call begins to fail for good."""
+    async with front(place) as one:
+        for _ in range(5):
+            assert await one.client.submit() is not None
+        disks.fail(call_name)
+        for _ in range(5):
+            await one.client.submit()
+        os._exit(0)  # nothing of it could be closed

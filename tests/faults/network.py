@@ -6,10 +6,12 @@ import random
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.faults.processes import void
 
 CHUNK = 65_536
 
@@ -45,26 +47,29 @@ class Network:
 def network_to(path: Path) -> Iterator[Network]:
     """A proxy on a port of this machine, with a loop of its own."""
     network, ready = Network(), threading.Event()
-    loop = asyncio.new_event_loop()
+    stop: list[Callable[[], None]] = []
 
     async def serve() -> None:
         async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await _join(network, path, reader, writer)
 
+        over = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        stop.append(lambda: void(loop.call_soon_threadsafe(over.set)))
         server = await asyncio.start_server(meet, "127.0.0.1", 0)
         network.port = server.sockets[0].getsockname()[1]
         ready.set()
-        with contextlib.suppress(asyncio.CancelledError):
-            await server.serve_forever()
+        await over.wait()
+        server.close()
+        network._reset_all()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serving := loop.create_task(serve()),))
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     ready.wait(10)
     try:
         yield network
     finally:
-        loop.call_soon_threadsafe(network._reset_all)
-        loop.call_soon_threadsafe(serving.cancel)
+        stop[0]()
         thread.join(10)
 
 
