@@ -48,6 +48,11 @@ def freeze(place: Place, process: BaseProcess) -> None:
         time.sleep(0.01)
 
 
+def wake(process: BaseProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGCONT)
+
+
 def test_f01_f08_f28_two_dispatchers_that_are_killed_again_and_again_lose_nothing(
     place: Place, receiver: Receiver, scale: int
 ) -> None:
@@ -86,8 +91,7 @@ def test_f02_a_dispatcher_that_is_frozen_past_its_lease_cannot_commit_any_more(
     wait_for(place, "began", 2)  # the lease has lapsed
     gate.touch()
     wait_for(place, "committed", 1)
-    assert first.pid is not None
-    os.kill(first.pid, signal.SIGCONT)
+    wake(first)
     assert processes.run(loads.submit_gated, place, str(gate)) == 0
     wait_for(place, "committed", 2)
     for process in (first, second):
