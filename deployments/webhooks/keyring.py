@@ -129,7 +129,7 @@ class Keyring:
             drawn.unlink()
 
     def _clear(self, now: float) -> None:
-        """Remove the copies of keys that processes left which died while they drew them."""
+        """Remove the copies of keys that were left by processes that died while they drew them."""
         for drawn in self._folder.glob("*.new"):
             if drawn.stat().st_mtime < now - DRAWING_S:
                 drawn.unlink(missing_ok=True)
