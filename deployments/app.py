@@ -22,13 +22,15 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments import logs
 from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
 from deployments.files.sweeper import Sweeper
 from deployments.gateway import http, keys
 from deployments.gateway.gateway import Gateway
-from deployments.queue import open_outbox, open_queue
+from deployments.gateway.throttle import Throttle
+from deployments.queue import open_keys, open_outbox, open_queue
 from deployments.router import STATS_S
 from deployments.webhooks.keyring import open_keyring
 from deployments.webhooks.sender import Sender
@@ -118,19 +120,25 @@ class _GatewayReplica:
     ) -> None:
         _join_logs()
         self._settings = settings
-        self._keys = keys.Keys(digests)
+        self._digests = digests
         self._gateway: Gateway | None = None
         self._catalogue = Catalogue(models={})
-        if not self._keys.are_required:
-            logger.warning(
-                "AUTHENTICATION IS OFF: whoever reaches this server may use it. Set %s to turn it on.",
-                settings.keys_env,
-            )
 
     async def __serve_build_asgi_app__(self) -> Any:
         webhooks = self._settings.webhooks
         keyring = open_keyring(webhooks.keys, webhooks.key_overlap_s)
-        return http.build(self._opened(), self._keys, self._ready, keyring.jwks)
+        table = open_keys(self._settings.queue_url)
+        throttle = Throttle(self._settings.bad_keys_per_minute)
+        secret = await asyncio.to_thread(self._opened().files.place.secret)
+        known = keys.Keys(self._digests, table=table, throttle=throttle, secret=secret)
+        await known.refresh()
+        if not known.are_required:
+            logger.warning(
+                "AUTHENTICATION IS OFF: whoever reaches this server may use it. `darkroom keys create` turns "
+                "it on, as does %s.",
+                self._settings.keys_env,
+            )
+        return http.build(self._opened(), known, self._ready, keyring.jwks)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._catalogue = Catalogue.model_validate(user_config)
@@ -146,7 +154,7 @@ class _GatewayReplica:
 
     def _opened(self) -> Gateway:
         if self._gateway is None:
-            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep_results_s)
+            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep)
             files = open_files(self._settings.files_url)
             self._gateway = Gateway(queue, files, self._settings)
         return self._gateway
@@ -168,7 +176,7 @@ class _DispatcherReplica:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         if self._dispatcher is None:
-            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep_results_s)
+            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep)
             self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect, _input_type)
             self._sender = _open_sender(self._settings)
             self._sender.start()
@@ -240,6 +248,7 @@ def _join_logs() -> None:
     for room in ("deployments", "pipelines"):
         logging.getLogger(room).parent = logger
         logging.getLogger(room).setLevel(logging.INFO)
+    logs.install(logger)
 
 
 def _open_sender(settings: FrontSettings) -> Sender:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -30,11 +31,13 @@ from deployments.connect.hosts import Server, server_at
 from deployments.connect.listener import Listener
 from deployments.connect.tls import tls_in_front
 from deployments.gateway import keys
-from deployments.queue import Outbox, open_outbox
+from deployments.queue import Audit, KeyTable, Outbox, open_audit, open_keys, open_outbox
 from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
+from schemas.access import Allowance
 from schemas.deliveries import DeliveryState
-from schemas.errors import StoreDown
+from schemas.errors import Erased, StoreDown
+from schemas.jobs import Priority
 from schemas.settings import FrontSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help="Self-hosted fal.ai image endpoints.")
@@ -44,7 +47,11 @@ errors = Console(stderr=True)
 webhooks = typer.Typer(no_args_is_help=True, help="The webhooks in this machine's queue, for its operator.")
 app.add_typer(webhooks, name="webhooks")
 
+key_table = typer.Typer(no_args_is_help=True, help="The keys in this machine's queue, for its operator.")
+app.add_typer(key_table, name="keys")
+
 T = TypeVar("T")
+OpenT = TypeVar("OpenT", KeyTable, Audit)
 
 KEYS_ENV = FrontSettings.model_fields["keys_env"].default
 
@@ -75,6 +82,7 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(exists=True, help="its key in PEM")] = None,
     tls_port: Annotated[int, typer.Option(min=1, max=65535)] = 8443,
     verbose: Annotated[bool, typer.Option(help="show the logs of all processes")] = False,
+    json_logs: Annotated[bool, typer.Option(help="log files of one JSON object a line")] = False,
 ) -> None:
     """Run the server in the foreground until Ctrl-C."""
     if (tls_cert is None) != (tls_key is None):
@@ -82,11 +90,15 @@ def serve(
     server.prepare_environment()
     os.environ[KEYS_ENV] = " ".join([*os.environ.get(KEYS_ENV, "").split(), *(key or [])])
     with _explained():
-        required = keys.parse(os.environ[KEYS_ENV])
+        is_closed = bool(keys.parse(os.environ[KEYS_ENV])) or bool(_in_queue(config, open_keys, KeyTable.all))
         settings = server.load_config(config, host, port)
         url = server.address(settings)
-    if not required:
-        errors.print(f"[bold red]AUTHENTICATION IS OFF[/]: set {KEYS_ENV} or pass --key to turn it on.")
+    if json_logs:
+        settings["logging_config"] = {**(settings.get("logging_config") or {}), "encoding": "JSON"}
+    if not is_closed:
+        errors.print(
+            f"[bold red]AUTHENTICATION IS OFF[/]: `darkroom keys create`, {KEYS_ENV} or --key turns it on."
+        )
     host = settings["http_options"].get("host", "0.0.0.0")
     front = tls_in_front(server_at(url), host, tls_port, tls_cert, tls_key) if tls_cert and tls_key else None
     stopped = threading.Event()
@@ -258,6 +270,91 @@ def rotate(config: Config = CONFIG) -> None:
     console.print(f"the new key signs from {_time(signs_from)} on", highlight=False)
 
 
+@key_table.command("create")
+def create_key(
+    tenant: Annotated[str | None, typer.Option(help="whose requests it sees; a new one if not given")] = None,
+    label: Annotated[str, typer.Option(help="what it is for, in your words")] = "",
+    max_priority: Annotated[str, typer.Option(help="normal or low; what asks for more gets this")] = "normal",
+    per_minute: Annotated[int | None, typer.Option(min=1, help="requests accepted")] = None,
+    max_queued: Annotated[int | None, typer.Option(min=1, help="of its tenant's requests that wait")] = None,
+    max_running: Annotated[
+        int | None,
+        typer.Option(min=1, help="of its tenant's requests at once; queued ones wait, runs are refused"),
+    ] = None,
+    daily_requests: Annotated[int | None, typer.Option(min=1, help="requests accepted in a day, UTC")] = None,
+    config: Config = CONFIG,
+) -> None:
+    """Draw a key and print it, ID:SECRET. It is shown this once; the server knows only its hash."""
+    with _explained():
+        allowance = Allowance(_priority(max_priority), per_minute, max_queued, max_running, daily_requests)
+    key, secret = _with_keys(config, lambda table: table.create(tenant, label, allowance))
+    print(f"{key.key_id}:{secret}")
+
+
+@key_table.command("list")
+def list_keys(config: Config = CONFIG) -> None:
+    """List every key, with what it may and never with what opens."""
+    limits = Column("limits", overflow="fold")
+    table = Table(Column("id", no_wrap=True, min_width=36), "tenant", "label", "created", "revoked", limits)
+    for each in _with_keys(config, KeyTable.all):
+        times = (_time(each.created_at), _time(each.revoked_at))
+        cells = (each.key_id, each.tenant, each.label, *times, _limits(each.allowance))
+        table.add_row(*map(escape, cells))
+    console.print(table)
+
+
+@key_table.command("revoke")
+def revoke_key(key_id: str, config: Config = CONFIG) -> None:
+    """Make a key worthless, for ever, within two seconds."""
+    before = _with_keys(config, lambda table: table.revoke(key_id))
+    if before is None:
+        errors.print(f"[red]no key[/] {escape(key_id)}; those of {KEYS_ENV} are not in the table")
+        raise typer.Exit(1)
+    console.print("was revoked before" if before.revoked_at is not None else "revoked")
+
+
+@app.command("audit")
+def show_audit(
+    tenant: Annotated[str | None, typer.Option(help="only what it did, or was done to it")] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 100,
+    config: Config = CONFIG,
+) -> None:
+    """Print who did what as JSON lines, the newest first."""
+    with _explained():
+        found = _in_queue(config, open_audit, lambda audit: audit.newest(limit, tenant))
+    for each in found:
+        print(json.dumps({**asdict(each), "at": datetime.fromtimestamp(each.at, UTC).isoformat()}))
+
+
+def _priority(name: str) -> Priority:
+    known = {each.name.lower(): each for each in Priority}
+    if name not in known:
+        raise ValueError(f"--max-priority is {' or '.join(known)}, not {name!r}")
+    return known[name]
+
+
+def _limits(may: Allowance) -> str:
+    given = {**asdict(may), "max_priority": may.max_priority.name.lower() if may.max_priority else None}
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+
+
+def _with_keys(config: Path, work: Callable[[KeyTable], Awaitable[T]]) -> T:
+    """What `work` finds in the queue's keys, whether the server runs or not."""
+    with _explained():
+        return _in_queue(config, open_keys, work)
+
+
+def _in_queue(config: Path, opens: Callable[[str], OpenT], work: Callable[[OpenT], Awaitable[T]]) -> T:
+    async def opened(url: str) -> T:
+        place = opens(url)
+        try:
+            return await work(place)
+        finally:
+            await place.close()
+
+    return asyncio.run(opened(_front(config).queue_url))
+
+
 @app.command()
 def migrate(
     to: Annotated[
@@ -371,6 +468,7 @@ def _explained() -> Iterator[None]:
         yield
     except (
         Refused,
+        Erased,
         StoreDown,
         RuntimeError,
         ValueError,

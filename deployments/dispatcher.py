@@ -20,16 +20,17 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
-from deployments import crash
+from deployments import crash, logs
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
 from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
-from schemas.jobs import Claim, Job, JobResult, Update
+from schemas.jobs import WORD_S, Claim, Job, JobResult, Update
 from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
 logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0  # the longest time between two looks at the queue
+SILENCE_S = 5 * WORD_S  # no worker is taken for lost sooner
 
 
 class ModelHandle(Protocol):
@@ -210,16 +211,28 @@ class Dispatcher:
             await self._release(claim, Setback.CRASHED)
 
     async def _follow_in_time(self, claim: Claim) -> None:
-        """As `_follow`, if a worker begins in time, and for as long as requests of its model may run."""
+        """As `_follow`, if a worker begins in time, and for as long as requests of its model may run.
+
+        Raises WorkerLost for one that has spoken and then is silent for the time of a lease.
+        """
+        patience_s = max(self._lease.lease_s, SILENCE_S)
         limit_s = self._limits.get(claim.job.model)
         deadline = claim.start_deadline
-        running = asyncio.timeout(limit_s)
+        running, silent = asyncio.timeout(limit_s), asyncio.timeout(None)
         starting = asyncio.timeout(None if deadline is None else deadline - self._queue.now())
+
+        def hear(update: Update) -> None:
+            silent.reschedule(asyncio.get_running_loop().time() + patience_s)
+            if update.has_begun:
+                starting.reschedule(None)
+
         try:
-            async with running, starting:
-                await self._follow(claim, lambda: starting.reschedule(None))
+            async with running, silent, starting:
+                await self._follow(claim, hear)
         except TimeoutError:
             late: DarkroomError
+            if silent.expired():
+                raise WorkerLost(f"The worker was silent for {patience_s:g} s.") from None
             if starting.expired():
                 late = StartTimeout()
             elif running.expired():
@@ -227,19 +240,21 @@ class Dispatcher:
             else:
                 raise
             logger.warning("request %s: %s", claim.job.request_id, late.message)
-            await _insist(partial(self._queue.finish, claim, JobResult.failure(late)))
+            if await _insist(partial(self._queue.finish, claim, JobResult.failure(late))):
+                await self._report(claim.job)
 
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
         crash.point("dispatcher.releases")
-        await _insist(partial(self._queue.release, claim, setback, delay_s))
+        if await _insist(partial(self._queue.release, claim, setback, delay_s)):
+            await self._report(claim.job)
         crash.point("dispatcher.released")
 
-    async def _follow(self, claim: Claim, began: Callable[[], None]) -> None:
-        """Write down what the worker says until it gives the result; its first word says that it began."""
+    async def _follow(self, claim: Claim, hear: Callable[[Update], None]) -> None:
+        """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
         async with contextlib.aclosing(handle.generate(claim.job)) as updates:
             async for update in updates:
-                began()
+                hear(update)
                 crash.point("dispatcher.heard")
                 if not await _insist(partial(self._write, claim, update)):
                     return  # someone else has it
@@ -252,7 +267,18 @@ class Dispatcher:
         """Keep an update. False when the claim is lost."""
         if update.result is None:
             return not update.events or await self._queue.record(claim, update.events)
-        return await self._queue.finish(claim, update.result, update.events)
+        is_kept = await self._queue.finish(claim, update.result, update.events)
+        if is_kept:
+            await self._report(claim.job)
+        return is_kept
+
+    async def _report(self, job: Job) -> None:
+        """One log line for a request that has ended, as the queue knows it."""
+        with contextlib.suppress(StoreDown):
+            record = await self._queue.get(job.request_id, job.tenant)
+            if record is not None and record.result is not None:
+                told = logs.outcome(record, record.result)
+                logger.info("request ended: %s", logs.words(told), extra={"fields": told})
 
     async def _renew(self) -> None:
         """Renew the leases; stop what was lost."""

@@ -1,23 +1,21 @@
 """Holds one resident model and runs jobs on it. It knows neither the queue nor HTTP.
 
 Threads overlap: large weights are loaded on some, texts and images are encoded on one, the engine
-denoises on its own, pictures are decoded, checked and compressed on another. This file is the one
-bridge between the asynchronous deployments and the synchronous pipelines.
+denoises on its own, pictures are decoded, checked and compressed on another. Pictures in requests
+are decoded in processes of their own, which a stranger's file may end. This file is the one bridge
+between the asynchronous deployments and the synchronous pipelines.
 """
 
 import asyncio
 import base64
 import contextvars
-import io
 import logging
 import os
 import secrets
-import tarfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,13 @@ from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
 from deployments.files.weights import Weights
 from deployments.holdings import Holdings
+from deployments.pictures.decoders import Decoders
 from deployments.progress import Progress
 from pipelines import images, registry, zoo
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
 from pipelines.engine.engine import Engine
+from pipelines.engine.memory import with_room
+from pipelines.exit import Encoded, Exit, Finished
 from pipelines.safety import SafetyChecker
 from schemas.assets import Asset, AssetKind, assets, weights
 from schemas.errors import (
@@ -43,10 +44,13 @@ from schemas.errors import (
     InputError,
     InternalError,
     Location,
+    NotFinite,
     NotFound,
+    OutOfMemory,
+    ServerError,
 )
 from schemas.fields import EndpointInput, File, PictureFile
-from schemas.jobs import Job, JobEvent, JobResult, Logged, Previewed, Update
+from schemas.jobs import WORD_S, Job, JobEvent, JobResult, Logged, Previewed, Update
 from schemas.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -80,7 +84,8 @@ class Worker:
         self._pipelines, model = _load(settings)
         self._holdings = Holdings(model)
         self.seconds = USUAL_S
-        self._safety = _load_safety_checker(settings)
+        self._exit = Exit(_load_safety_checker(settings), settings.safety)
+        self._decoders = Decoders(settings.picture_decoders)
         # as many as there are jobs: one that waits for room there must not stop another
         self._loading = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="load")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -95,6 +100,7 @@ class Worker:
 
     def close(self) -> None:
         self._engine.close()
+        self._decoders.close()
         self._loading.shutdown(wait=False, cancel_futures=True)  # a job may wait for room in vain by now
         self._encoding.shutdown(cancel_futures=True)
         self._decoding.shutdown(cancel_futures=True)
@@ -133,10 +139,10 @@ class Worker:
         task.add_done_callback(outbox.end)
         try:
             while not outbox.ended.is_set():
-                await outbox.filled.wait()
+                await _wait(outbox.filled, WORD_S)
                 await _wait(outbox.ended, UPDATE_S)
                 if not outbox.ended.is_set():
-                    yield Update(outbox.take())
+                    yield Update(outbox.take(), has_begun=outbox.has_begun)
             yield Update(outbox.take(), task.result())
         finally:
             task.cancel()
@@ -172,9 +178,13 @@ class Worker:
     async def _perform(self, job: Job, outbox: "_Outbox") -> JobResult:
         try:
             async with self._slots:
+                outbox.has_begun = True
                 if job.start_timeout_s is not None:
-                    outbox.filled.set()  # it has begun, and somebody waits to hear that
+                    outbox.filled.set()  # somebody waits to hear that
                 return await self._answer(job, outbox.add)
+        except ServerError as error:
+            logger.warning("request %s failed: %s", job.request_id, error.message)
+            return JobResult.failure(error)
         except DarkroomError as error:
             return JobResult.failure(error)
         except Exception:
@@ -198,11 +208,13 @@ class Worker:
                 await self._denoise(job, pipeline, request, generation, emit)
                 watch.lap("denoise")
             # what is held stays: the decoder may be part of it
-            finished = await self._off_loop(self._decoding, self._finish, pipeline, generation)
-        pictures = [await self._store(job, generation, *picture) for picture in finished.pictures]
+            finished = await self._off_loop(
+                self._decoding, with_room, self._exit.finished, pipeline, generation
+            )
+        pictures = [await self._store(job, generation, each) for each in finished.pictures]
         traces = {field: await self._store_trace(job, field, tar) for field, tar in finished.traces.items()}
         watch.lap("decode")
-        if generation.check_safety and self._safety is None:
+        if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
         timings = watch.timings()
         self.seconds += NEWS * (timings["inference"] - self.seconds)
@@ -231,8 +243,7 @@ class Worker:
             try:
                 if asset.kind is AssetKind.IMAGE:
                     data = await self._fetcher.image(asset.source, job.base_url)
-                    picture: Picture = await self._off_loop(self._encoding, images.decode, data)
-                    return picture
+                    return await self._decoders.decode(data)
                 if asset.kind is AssetKind.CONFIG:
                     return await self._fetcher.config(asset.source, job.base_url)
                 lease = await self._weights.locate(asset, job.base_url, lambda line: emit(Logged(line)))
@@ -253,7 +264,7 @@ class Worker:
 
     async def _hold(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> ExitStack:
         """Off the loop, beside others. What a cancelled request would have held is given back."""
-        holding = self._loading.submit(pipeline.hold, request, fetched)
+        holding = self._loading.submit(with_room, pipeline.hold, request, fetched)
         try:
             return await asyncio.wrap_future(holding)
         except asyncio.CancelledError:
@@ -263,7 +274,7 @@ class Worker:
     async def _prepare(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> Generation:
         """Off the loop. What a cancelled request would have held is given back when it is ready."""
         seed = secrets.randbelow(RANDOM_SEEDS)
-        preparing = self._encoding.submit(pipeline.prepare, request, fetched, seed)
+        preparing = self._encoding.submit(with_room, pipeline.prepare, request, fetched, seed)
         try:
             return await asyncio.wrap_future(preparing)
         except asyncio.CancelledError:
@@ -288,61 +299,34 @@ class Worker:
             async for step in progress.steps():
                 emit(Logged(f"step {step}/{progress.total}"))
                 now = time.monotonic()
-                if job.previews and step < progress.total and now - previewed_at >= PREVIEW_S:
+                wants_preview = job.previews and self._exit.has_previews and step < progress.total
+                if wants_preview and now - previewed_at >= PREVIEW_S:
                     previewed_at = now
-                    emit(await self._preview(pipeline, request, generation))
+                    if preview := await self._preview(pipeline, request, generation):
+                        emit(preview)
         finally:
             for sample in ahead:
                 self._engine.remove(sample)
 
     async def _preview(
         self, pipeline: AnyPipeline, request: EndpointInput, generation: Generation
-    ) -> Previewed:
-        def draw() -> dict[str, Any]:
-            drawn = [pipeline.preview(sample) for sample in generation.samples]
-            pictures, flags = self._checked(generation, drawn)
-            shown = tuple(_inline(each, images.encode(each, "jpeg"), "jpeg") for each in pictures)
-            output = pipeline.answer(request, Outcome(shown, generation.seed, flags, {}))
-            return dict(output.model_dump(mode="json"))
+    ) -> Previewed | None:
+        """None where none can be made; that says nothing of the picture."""
+        try:
+            shown: Finished = await self._off_loop(
+                self._decoding, with_room, self._exit.preview, pipeline, generation
+            )
+        except (NotFinite, OutOfMemory) as error:
+            logger.info("no preview: %s", error.message)
+            return None
+        pictures = tuple(_inline(each) for each in shown.pictures)
+        output = pipeline.answer(request, Outcome(pictures, generation.seed, shown.flags, {}))
+        return Previewed(output.model_dump(mode="json"))
 
-        return Previewed(await self._off_loop(self._decoding, draw))
-
-    def _finish(self, pipeline: AnyPipeline, generation: Generation) -> "_Finished":
-        """Decode, check and compress."""
-        drawn = [pipeline.finish(sample) for sample in generation.samples]
-        pictures, flags = self._checked(generation, drawn)
-        traces = {
-            field: _tar(self._checked_trace(generation, trace))
-            for field, trace in pipeline.traces(generation).items()
-        }
-        encoded = [(each, images.encode(each, generation.format)) for each in pictures]
-        return _Finished(encoded, flags, traces)
-
-    def _checked(
-        self, generation: Generation, pictures: Sequence[Picture]
-    ) -> tuple[list[Picture], tuple[bool, ...]]:
-        """The pictures, unsafe ones black, and which those are. No picture leaves another way."""
-        if not generation.check_safety or self._safety is None:
-            return list(pictures), (False,) * len(pictures)
-        flags = self._safety.flags(list(pictures))
-        shown = [
-            images.blackened(picture) if flag else picture
-            for picture, flag in zip(pictures, flags, strict=True)
-        ]
-        return shown, tuple(flags)
-
-    def _checked_trace(
-        self, generation: Generation, trace: Iterable[tuple[str, Picture]]
-    ) -> Iterator[tuple[str, Picture]]:
-        """One at a time: there may be thousands."""
-        for name, picture in trace:
-            [shown], _ = self._checked(generation, [picture])
-            yield name, shown
-
-    async def _store(self, job: Job, generation: Generation, picture: Picture, data: bytes) -> PictureFile:
+    async def _store(self, job: Job, generation: Generation, encoded: Encoded) -> PictureFile:
         if generation.inline:
-            return _inline(picture, data, generation.format)
-        kind = images.content_type(generation.format)
+            return _inline(encoded)
+        picture, data, kind = encoded.picture, encoded.data, images.content_type(encoded.format)
         key = await self._files.save(data, kind, job.keep_s)
         return PictureFile(
             url=self._files.url(key, job.base_url),
@@ -402,6 +386,7 @@ class _Outbox:
     def __init__(self) -> None:
         self.filled = asyncio.Event()  # something to take, or the end
         self.ended = asyncio.Event()
+        self.has_begun = False
         self._events: list[JobEvent] = []
 
     def add(self, event: JobEvent) -> None:
@@ -435,33 +420,12 @@ class _Stopwatch:
         return {"inference": round(self._last - self._start, 4), **self._laps}
 
 
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """What leaves the decoding thread."""
-
-    pictures: list[tuple[Picture, bytes]]  # with their bytes, compressed
-    flags: tuple[bool, ...]
-    traces: dict[str, bytes]  # tars
-
-
-def _tar(trace: Iterable[tuple[str, Picture]]) -> bytes:
-    """Named pictures as PNGs in a tar."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name, picture in trace:
-            encoded = images.encode(picture, "png")
-            entry = tarfile.TarInfo(f"{name}.png")
-            entry.size = len(encoded)
-            tar.addfile(entry, io.BytesIO(encoded))
-    return data.getvalue()
-
-
-def _inline(picture: Picture, data: bytes, format: images.Format) -> PictureFile:
-    kind = images.content_type(format)
+def _inline(encoded: Encoded) -> PictureFile:
+    picture, data, kind = encoded.picture, encoded.data, images.content_type(encoded.format)
     return PictureFile(
         url=f"data:{kind};base64,{base64.b64encode(data).decode()}",
         content_type=kind,
-        file_name=f"image.{format}",
+        file_name=f"image.{encoded.format}",
         file_size=len(data),
         width=picture.width,
         height=picture.height,

@@ -102,6 +102,15 @@ class Outcome:
         return [Image.of(each) for each in self.pictures]
 
 
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """A picture of the way to picture number `image`, under a file's name."""
+
+    image: int
+    name: str
+    picture: Picture
+
+
 class Pipeline(ABC, Generic[InputT, ModelT]):
     """One endpoint on its family's model. Holds no state of any request."""
 
@@ -129,14 +138,14 @@ class Pipeline(ABC, Generic[InputT, ModelT]):
 
     @abstractmethod
     def finish(self, sample: Sample) -> Picture:
-        """Decode a finished sample. Raises InternalError when its numbers are not finite."""
+        """Decode a finished sample. Raises NotFinite."""
 
     @abstractmethod
     def preview(self, sample: Sample) -> Picture:
-        """A small and quick picture of a sample under way, after at least one step."""
+        """A small and quick picture of a sample under way, after at least one step. Raises NotFinite."""
 
-    def traces(self, generation: Generation) -> Mapping[str, Iterable[tuple[str, Picture]]]:
-        """Pictures of the way of a finished generation, with file names, by the field of the answer."""
+    def traces(self, generation: Generation) -> Mapping[str, Iterable[Glimpse]]:
+        """Pictures of the way of a finished generation, by the field of the answer."""
         return {}
 
     @abstractmethod

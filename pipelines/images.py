@@ -1,24 +1,22 @@
 """Pictures ↔ tensors and bytes."""
 
-import math
 from io import BytesIO
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from schemas.errors import AssetError
+from schemas.errors import NotFinite
 
 Format = Literal["jpeg", "png"]
 
-MAX_PIXELS = 64 * 2**20  # of a picture in a request
-_FORMATS = ("PNG", "JPEG", "WEBP")
-
 
 def from_tensor(pixels: Tensor) -> Image.Image:
-    """[3, height, width] in [-1, 1], clamped → an RGB picture."""
+    """[3, height, width] in [-1, 1], clamped → an RGB picture. Raises NotFinite: NaN would be black."""
+    if not torch.isfinite(pixels).all():
+        raise NotFinite
     scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
     array = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
     return Image.fromarray(array)
@@ -41,36 +39,6 @@ def content_type(format: Format) -> str:
 def blackened(picture: Image.Image) -> Image.Image:
     """Black, of the same size."""
     return Image.new("RGB", picture.size)
-
-
-def decode(data: bytes) -> Image.Image:
-    """PNG, JPEG or WebP of one frame → an upright RGB picture.
-
-    The size is looked at before a pixel is decoded. Raises AssetError with fal's types.
-    """
-    try:
-        with Image.open(BytesIO(data), formats=_FORMATS) as picture:
-            _check_size(picture.width * picture.height)
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except UnidentifiedImageError:
-        formats = ["png", "jpeg", "webp"]
-        message = "The file is not a picture that this server reads; send PNG, JPEG or WebP."
-        raise AssetError(message, "unsupported_image_format", {"supported_formats": formats}) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large() from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise AssetError(f"The picture is broken: {error}", "image_load_error") from None
-
-
-def _check_size(pixels: int) -> None:
-    if pixels > MAX_PIXELS:
-        raise _too_large()
-
-
-def _too_large() -> AssetError:
-    side = math.isqrt(MAX_PIXELS)
-    message = f"The picture must have at most {MAX_PIXELS} pixels, such as {side} × {side}."
-    return AssetError(message, "image_too_large", {"max_width": side, "max_height": side})
 
 
 def fill(picture: Image.Image, width: int, height: int) -> Image.Image:

@@ -18,11 +18,16 @@
     │   ├── BodyTooLarge        413
     │   ├── QueueFull           429
     │   ├── TooManyRuns         429
+    │   ├── TooManyRequests     429, more in a minute than the caller may
+    │   │   └── QuotaSpent      429, more in a day
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
         ├── StoreDown           503, the queue's database or the file store cannot be reached or written
+        │   └── StoreFull       507, the disk has no room; nothing was kept
         ├── BrokenOff           500, an answer that has begun cannot be finished
         ├── InternalError       500, the model failed on a valid request
+        │   ├── OutOfMemory     500, there is not the memory on the device
+        │   └── NotFinite       500, the model's numbers make no picture
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
         ├── StartTimeout        504, the caller's own start deadline passed
@@ -46,6 +51,7 @@ class DarkroomError(Exception):
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    retry_after_s: int | None = None  # when to try again, where that can be told
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -202,6 +208,7 @@ class QueueFull(RequestError):
     status = 429
     error_type = "queue_full"
     retryable = True
+    retry_after_s = 1
 
 
 class TooManyRuns(RequestError):
@@ -210,6 +217,27 @@ class TooManyRuns(RequestError):
     status = 429
     error_type = "concurrent_requests_limit"
     retryable = True
+    retry_after_s = 1
+
+
+class TooManyRequests(RequestError):
+    """The caller sent more in a minute than it may: requests, or keys that are none."""
+
+    status = 429
+    error_type = "rate_limit_exceeded"
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.args = (message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaSpent(TooManyRequests):
+    """The caller sent more in a day than it may. Trying again helps tomorrow."""
+
+    error_type = "quota_exceeded"
+    retryable = False
 
 
 class Cancelled(RequestError):
@@ -253,6 +281,32 @@ class InternalError(ServerError):
         return {"detail": [detail.body()], "error_type": self.error_type, "message": self.message}
 
 
+class OutOfMemory(InternalError):
+    """The device has not the memory for the request alone."""
+
+    error_type = "out_of_memory"
+
+    def __init__(
+        self,
+        message: str = "The device has not enough memory for the request; "
+        "ask for a smaller size, fewer images or fewer adapters.",
+    ) -> None:
+        super().__init__(message)
+
+
+class NotFinite(InternalError):
+    """The model's numbers overflowed on the way, so that there is no picture."""
+
+    error_type = "not_finite"
+
+    def __init__(
+        self,
+        message: str = "The model's numbers overflowed and make no picture; "
+        "try another seed, size, guidance scale or other adapters.",
+    ) -> None:
+        super().__init__(message)
+
+
 class BrokenOff(ServerError):
     """An answer that has begun cannot be finished: the connection ends in the middle of it."""
 
@@ -262,6 +316,16 @@ class StoreDown(ServerError):
 
     status = 503
     retryable = True
+
+
+class StoreFull(StoreDown):
+    """The disk has no room for what was sent; nothing of it was kept."""
+
+    status = 507
+    error_type = "insufficient_storage"
+
+    def __init__(self, message: str = "The server has no room for more files at this moment.") -> None:
+        super().__init__(message)
 
 
 class WorkerLost(ServerError):

@@ -107,6 +107,20 @@ def check_size(size: ImageSize, limits: Limits) -> None:
     )
 
 
+def check_work(size: ImageSize, images: int, steps: int, limits: Limits) -> None:
+    """Raise InputError when so many pictures of this size, in so many steps, are too much for one request."""
+    megapixels = size.width * size.height / 1e6
+    work, most = megapixels * images * steps, limits.max_megapixel_steps
+    if work <= most:
+        return
+    field = "num_images" if images > 1 else "num_inference_steps"
+    message = (
+        f"{images} × {size.width} × {size.height} pixels × {steps} steps are {work:.0f} megapixel-steps, "
+        f"at most {most:g} are taken; ask for fewer images, fewer steps or a smaller size"
+    )
+    raise InputError([FieldError(("body", field), message, "less_than_equal", {"le": most})])
+
+
 class InputPart(BaseModel):
     """An object in a request: unknown fields are ignored, null means absent, numbers are finite."""
 
@@ -125,6 +139,9 @@ class EndpointInput(InputPart):
 
     def check(self, limits: Limits) -> None:
         """Raise InputError for what the schema allows and this server does not make."""
+
+    def check_work(self, size: ImageSize, limits: Limits) -> None:
+        """As `check`, once the size of the pictures is known: at the latest when a start picture is there."""
 
 
 class LoraWeight(InputPart):

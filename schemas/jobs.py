@@ -95,15 +95,16 @@ class JobResult:
         raise RequestFailed(self.error or "", self.status, self.error_type or "", self.body, self.retryable)
 
 
+WORD_S = 1.0  # a worker speaks so often also where there is nothing to say
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a worker says since it last spoke: events, and with the last update the result.
-
-    An empty one says that it has begun.
-    """
+    """What a worker says since it last spoke: events, and with the last update the result."""
 
     events: tuple[JobEvent, ...] = ()
     result: JobResult | None = None
+    has_begun: bool = True  # false while the job waits in the worker
 
 
 @dataclass(frozen=True, slots=True)

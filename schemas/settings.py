@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_IMAGE_BYTES = 50 * 2**20  # what fal.ai's own toolkit downloads at most
 DAY_S = 86_400.0
-KEEP_RESULTS_S = 30 * DAY_S  # as fal.ai
 
 
 # The methods that fal names, in the files of https://huggingface.co/Xiaojiu-Z/EasyControl
@@ -19,6 +18,9 @@ EASYCONTROLS = {
     **{name: f"Xiaojiu-Z/EasyControl/models/{name}.safetensors" for name in _METHODS},
     "ghibli": "Xiaojiu-Z/EasyControl/models/Ghibli.safetensors",
 }
+
+
+SafetyPolicy = Literal["asked", "always"]
 
 
 class Settings(BaseModel):
@@ -31,6 +33,9 @@ class Limits(Settings):
     """What one request may ask for beyond what its schema says."""
 
     max_pixels: int = Field(2048 * 2048, gt=0, description="width × height of one picture")
+    max_megapixel_steps: float = Field(
+        2500, gt=0, description="width × height in millions, times images, times steps, of one request"
+    )
 
 
 class LeaseSettings(Settings):
@@ -95,6 +100,18 @@ class WebhookSettings(ReachSettings):
         return self
 
 
+class Retention(Settings):
+    """How long things are kept that nobody deletes."""
+
+    results_s: float = Field(
+        30 * DAY_S,
+        ge=DAY_S,
+        description="a finished request: its input, output, log and webhook; fal.ai keeps them for 30 days",
+    )
+    files_s: int | None = Field(None, gt=0, description="a file whose caller did not say; null: for good")
+    audit_s: float = Field(365 * DAY_S, ge=DAY_S, description="a line of the audit")
+
+
 class OpenAIModel(Settings):
     """What a model's name means at the OpenAI-style paths."""
 
@@ -120,7 +137,16 @@ class FrontSettings(Settings):
     keys_env: str = Field(
         "DARKROOM_KEYS",
         description="name of the environment variable with ID:SECRET pairs, separated by commas "
-        "or blanks; authentication is off when it is empty",
+        "or blanks, beside those of `darkroom keys`; without any key authentication is off",
+    )
+    bad_keys_per_minute: int = Field(
+        60, ge=1, description="wrong keys of one address, beyond which a gateway replica answers 429 to them"
+    )
+    proxies: int = Field(
+        0,
+        ge=0,
+        description="proxies of yours in front that add to X-Forwarded-For; 0: the header is anybody's word, "
+        "and the address of a client is that of the other end of the connection",
     )
     max_body_bytes: int = Field(100 * 2**20, gt=0)
     max_image_bytes: int = Field(MAX_IMAGE_BYTES, gt=0, description="of a picture sent as a data URI")
@@ -138,6 +164,9 @@ class FrontSettings(Settings):
         default_factory=dict,
         description="names that /v1/images takes beside endpoint ids: {gpt-image-2: {generations: …}}",
     )
+    min_free_bytes: int = Field(
+        2**28, ge=0, description="of the disk of files_url; below it uploads and submits are refused with 507"
+    )
     body_grace_s: float = Field(30, gt=0, description="how long the server waits for a body to come")
     body_bytes_per_s: float = Field(1024, gt=0, description="and a second more for so many bytes that came")
     realtime_idle_s: float | None = Field(
@@ -146,14 +175,7 @@ class FrontSettings(Settings):
     sweep_s: float = Field(
         600, gt=0, description="how often files whose time is over and uploads that were given up are removed"
     )
-    keep_results_s: float = Field(
-        KEEP_RESULTS_S,
-        ge=DAY_S,
-        description="how long a finished request is known: its input, output, log and webhook",
-    )
-    keep_files_s: int | None = Field(
-        None, gt=0, description="how long a file is kept whose caller did not say; null: for good"
-    )
+    keep: Retention = Retention()
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     webhooks: WebhookSettings = WebhookSettings()
@@ -253,6 +275,11 @@ class ModelSettings(Settings):
     safety_checker: str | None = Field(
         None, description="the same kinds of source; null: requests that ask for it are not checked"
     )
+    safety: SafetyPolicy = Field(
+        "asked",
+        description="which pictures are checked: those of requests with enable_safety_checker, or all, "
+        "whatever requests say, and without previews",
+    )
     device: Annotated[str, Field(pattern=r"^(cpu|cuda|mps)(:\d+)?$")] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_sequence_length: int = Field(512, ge=1, le=512, description="T5 tokens of a prompt")
@@ -290,6 +317,9 @@ class ModelSettings(Settings):
     noise_bytes: int = Field(2**28, ge=0, description="RAM for the structured noise of inversions")
     lora_ram_bytes: int = Field(4 * 2**30, ge=0, description="LoRA files kept in RAM")
     cpu_threads: int | None = Field(None, ge=1, description="torch threads; null: all cores")
+    picture_decoders: int = Field(
+        2, ge=1, description="processes that decode the pictures in requests, at most 0.5 GiB each"
+    )
     limits: Limits = Limits()
     fetch: FetchSettings = FetchSettings()
     weights: WeightSettings = WeightSettings()
@@ -300,6 +330,12 @@ class ModelSettings(Settings):
     max_replicas: int = Field(1, ge=1)
     concurrency: int = Field(8, ge=1, description="requests that one replica runs at once")
     drain_s: float = Field(120, gt=0, description="longest wait for running images at a shutdown")
+
+    @model_validator(mode="after")
+    def _can_check(self) -> "ModelSettings":
+        if self.safety == "always" and self.safety_checker is None:
+            raise ValueError("safety: always needs a safety_checker")
+        return self
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> "ModelSettings":

@@ -9,10 +9,11 @@ from starlette.responses import Response
 
 from deployments.gateway.addresses import application
 from schemas.errors import BadRequest, DarkroomError, NotFound, StartTimeout, TooManyRuns
-from schemas.jobs import CancelOutcome, Event, Job, JobResult, Logged, Receipt, Record, State
+from schemas.jobs import CancelOutcome, Event, Job, JobResult, Logged, Priority, Receipt, Record, State
 
 REQUEST_ID = "x-fal-request-id"
 REPLAYED = "idempotent-replayed"  # as Stripe calls it
+PRIORITY = "x-darkroom-priority"
 IGNORED_FIELDS = "x-darkroom-ignored-fields"
 
 STATUS = {
@@ -49,7 +50,13 @@ class Json(Response):
 
 def failure(error: DarkroomError, headers: Mapping[str, str] | None = None) -> Json:
     """An error in fal's shape."""
-    return _answer(error.status, error.body(), error.error_type, error.retryable, headers)
+    told = {**retry_header(error), **(headers or {})}
+    return _answer(error.status, error.body(), error.error_type, error.retryable, told)
+
+
+def retry_header(error: DarkroomError) -> dict[str, str]:
+    """When to try again, if that can be told."""
+    return {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
 
 
 def result(found: JobResult, request_id: str) -> Json:
@@ -101,6 +108,8 @@ def receipt(job: Job, given: Receipt, ignored: Sequence[str]) -> Json:
         "metrics": {},
     }
     headers = {REQUEST_ID: job.request_id, **ignored_header(ignored)}
+    if job.priority != Priority.NORMAL:
+        headers[PRIORITY] = job.priority.name.lower()
     return Json(body, 200, headers | ({REPLAYED: "true"} if given.replayed else {}))
 
 

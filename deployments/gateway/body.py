@@ -14,6 +14,9 @@ from schemas.errors import BodyTooLarge, FieldError, InputError, Location
 MAX_DEPTH = 32
 MAX_DIGITS = 100  # of an integer; no field takes more than 20
 MAX_FAULTS = 20  # told at once
+MAX_LENGTH = 4096  # of a list or an object; no field takes more than 2000
+MAX_VALUES = 250_000  # in a whole body
+MAX_COMMAS = 2_000_000  # in a whole body, before it is parsed
 
 
 class _TooLong:
@@ -60,6 +63,8 @@ def check(value: Any) -> None:
 
 
 def _load(body: bytes) -> Any:
+    if body.count(b",") > MAX_COMMAS:
+        raise InputError([_too_many()])
     try:
         return json.loads(body.decode("utf-8"), parse_int=_integer)
     except UnicodeDecodeError as error:
@@ -78,8 +83,13 @@ def _integer(digits: str) -> int | _TooLong:
 def _faults(root: Any) -> Iterator[FieldError]:
     """What no field may hold, with its place. Walks without recursion."""
     todo: list[tuple[Location, Any]] = [(("body",), root)]
+    room = MAX_VALUES
     while todo:
         loc, value = todo.pop()
+        room -= 1
+        if not room:
+            yield _too_many()
+            return
         if fault := _fault(loc, value):
             yield fault
         elif isinstance(value, dict):
@@ -97,9 +107,16 @@ def _fault(loc: Location, value: Any) -> FieldError | None:
             return FieldError(loc, "The number must be finite", "finite_number")
         case str() if "\0" in value or not _encodes(value):
             return FieldError(loc, "The text must be valid Unicode without NUL", "string_unicode")
+        case dict() | list() if len(value) > MAX_LENGTH:
+            message = f"At most {MAX_LENGTH} values are taken in one place, not {len(value)}"
+            return FieldError(loc, message, "too_long", {"max_length": MAX_LENGTH})
         case dict() | list() if len(loc) > MAX_DEPTH:
             return FieldError(loc[:4], f"The value is nested deeper than {MAX_DEPTH} levels", "json_invalid")
     return None
+
+
+def _too_many() -> FieldError:
+    return FieldError(("body",), f"At most {MAX_VALUES} values are taken in a request", "too_long")
 
 
 def _encodes(text: str) -> bool:

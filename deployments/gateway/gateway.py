@@ -19,6 +19,7 @@ from deployments.gateway.addresses import application, belongs
 from deployments.gateway.keys import ANYONE
 from deployments.queue import Queue
 from pipelines import registry
+from schemas.access import Actor
 from schemas.errors import AssetError, BadRequest, InternalError, NotFound, RequestNotFound
 from schemas.fields import EndpointInput
 from schemas.jobs import (
@@ -42,8 +43,12 @@ logger = logging.getLogger(__name__)
 class Caller:
     """Who asks, and how it reaches this server."""
 
-    tenant: str = ANYONE
+    actor: Actor = Actor(ANYONE)
     base_url: str = ""
+
+    @property
+    def tenant(self) -> str:
+        return self.actor.tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Wishes:
     max_queue_length: int | None = None  # refuse when more wait
     keep_s: int | None = None  # how long the output's files are kept; None: as the settings say
     previews: bool = False
+    waits: bool = False  # it is a run: the caller stays for the result
     retries: bool = True  # run again after the loss of a worker
     stores_io: bool = True  # keep input and output as long as any
     tags: tuple[str, ...] = ()
@@ -76,7 +82,7 @@ class Gateway:
 
     def __init__(self, queue: Queue, files: FileStore, settings: FrontSettings) -> None:
         self.files = files
-        self.uploads = Uploads(files, settings.max_upload_bytes)
+        self.uploads = Uploads(files, settings.max_upload_bytes, settings.min_free_bytes)
         self.settings = settings
         self._queue = queue
         self._receivers = Guard(settings.webhooks)
@@ -119,8 +125,10 @@ class Gateway:
     ) -> Accepted:
         """Accept a request. When this returns it is on disk.
 
-        Raises NotFound, InputError, QueueFull, or BadRequest for a webhook to where none may go.
+        Raises NotFound, InputError, StoreFull, BadRequest for a webhook to where none may go, and what
+        Queue.submit raises for one request too many.
         """
+        self.files.check_room(self.settings.min_free_bytes)
         model = self._model_of(endpoint_id)
         kind = registry.endpoint(endpoint_id).input_type()
         request = validation.validate(kind, fields, self.settings.limits)
@@ -137,19 +145,23 @@ class Gateway:
             input=document,
             tenant=caller.tenant,
             base_url=caller.base_url,
-            priority=wishes.priority,
+            priority=max(wishes.priority, caller.actor.allowance.max_priority),
             start_timeout_s=wishes.start_timeout_s,
             webhook_url=wishes.webhook_url,
             previews=wishes.previews,
             retries=wishes.retries,
             stores_io=wishes.stores_io,
             tags=wishes.tags,
-            keep_s=wishes.keep_s or self.settings.keep_files_s,
+            keep_s=wishes.keep_s or self.settings.keep.files_s,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
+        if job.priority != wishes.priority:
+            notes.append(Logged(f"the key's highest priority is {job.priority.name.lower()}"))
         key = wishes.idempotency_key
         once = Once(key, fingerprint(endpoint_id, fields)) if key else None
-        receipt = await self._queue.submit(job, notes, wishes.max_queue_length, once)
+        receipt = await self._queue.submit(
+            job, notes, wishes.max_queue_length, once, caller.actor, waits=wishes.waits
+        )
         if receipt.replayed:
             first = await self._queue.get(receipt.request_id, caller.tenant)
             job = first.job if first is not None else job
@@ -162,9 +174,9 @@ class Gateway:
         """See Queue.recent."""
         return await self._queue.recent(tenant, limit, before, endpoints)
 
-    async def erase(self, request_id: str, tenant: str) -> Record:
+    async def erase(self, request_id: str, actor: Actor) -> Record:
         """See Queue.erase. Raises NotFound and BadRequest."""
-        record = await self._queue.erase(request_id, tenant)
+        record = await self._queue.erase(request_id, actor.tenant, actor)
         if record is None:
             raise RequestNotFound(f"Request {request_id} not found")
         return record
@@ -194,9 +206,9 @@ class Gateway:
             raise InternalError(f"Request {request_id} is no longer known.")
         return result
 
-    async def cancel(self, request_id: str, tenant: str) -> CancelOutcome:
+    async def cancel(self, request_id: str, tenant: str, by: Actor | None = None) -> CancelOutcome:
         """See Queue.cancel."""
-        return await self._queue.cancel(request_id, tenant)
+        return await self._queue.cancel(request_id, tenant, by)
 
     def _check_receiver(self, url: str | None) -> None:
         """Refuse what can be told without a look-up; the sender checks what the host leads to."""

@@ -53,7 +53,7 @@ class _History:
     async def erase(self, request: Request) -> Response:
         """Delete input, output, log, and the files of the output. Files of the input are left: other
         requests may name them."""
-        record = await self._gateway.erase(request.path_params["request_id"], request.state.tenant)
+        record = await self._gateway.erase(request.path_params["request_id"], request.state.actor)
         output = record.result.body if record.result is not None else {}
         links = dict.fromkeys(_urls(output))
         return answers.Json(

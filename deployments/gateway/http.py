@@ -69,7 +69,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
     for layer in (
         lambda inner: middleware.Turnstile(inner, gateway.settings.max_runs),
         middleware.Addressing,
-        lambda inner: middleware.Authentication(inner, keys),
+        lambda inner: middleware.Authentication(inner, keys, settings.proxies),
         lambda inner: Patience(inner, settings.body_grace_s, settings.body_bytes_per_s),
         middleware.Errors,
         middleware.Headers,
@@ -150,7 +150,7 @@ class _Http:
         return answers.result(record.result, record.job.request_id)
 
     async def _cancel(self, request: Request, caller: Caller, record: Record) -> Response:
-        outcome = await self._gateway.cancel(record.job.request_id, caller.tenant)
+        outcome = await self._gateway.cancel(record.job.request_id, caller.tenant, caller.actor)
         return answers.cancelled(outcome, record.job.request_id)
 
     async def run(self, request: Request) -> Response:
@@ -162,7 +162,8 @@ class _Http:
             return await self._stream(request, endpoint_id)
         fields = await self._fields(request)
         call = attendance.call("run", request, path, fields)
-        accepted = self._attendance.returning(call) or await self._submit(request, path, fields)
+        accepted = self._attendance.returning(call)
+        accepted = accepted or await self._submit(request, path, fields, waits=True)
         request_id = accepted.job.request_id
         headers = {answers.REQUEST_ID: request_id, **answers.ignored_header(accepted.ignored)}
         with self._attendance.visit(call, accepted) as visit:
@@ -180,7 +181,7 @@ class _Http:
         """Previews as server-sent events, the output as the last one. An error before the first
         event is an ordinary answer; a later one is an event with `error`."""
         fields = await self._fields(request)
-        accepted = await self._submit(request, endpoint_id, fields, previews=True)
+        accepted = await self._submit(request, endpoint_id, fields, previews=True, waits=True)
         job = accepted.job
         events = _outputs(self._gateway.watch(job.request_id, job.tenant))
         first = asyncio.ensure_future(anext(events))
@@ -227,13 +228,19 @@ class _Http:
         return body.parse(await body.read(request.stream(), declared, limit))
 
     async def _submit(
-        self, request: Request, endpoint_id: str, fields: dict[str, Any], *, previews: bool = False
+        self,
+        request: Request,
+        endpoint_id: str,
+        fields: dict[str, Any],
+        *,
+        previews: bool = False,
+        waits: bool = False,
     ) -> Accepted:
-        asked = wishes.read(request, previews=previews)
+        asked = wishes.read(request, previews=previews, waits=waits)
         return await self._gateway.submit(endpoint_id, fields, self._caller(request), asked)
 
     def _caller(self, request: Request) -> Caller:
-        return Caller(request.state.tenant, self._gateway.settings.public_url or wishes.base_url(request))
+        return Caller(request.state.actor, self._gateway.settings.public_url or wishes.base_url(request))
 
 
 def _wants_logs(request: Request) -> bool:

@@ -14,6 +14,8 @@ from starlette.websockets import WebSocketClose
 from deployments.gateway import answers, openai, tokens
 from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
 from deployments.gateway.keys import Keys
+from deployments.gateway.throttle import address_of
+from schemas.access import Actor
 from schemas.errors import (
     BadRequest,
     DarkroomError,
@@ -31,12 +33,14 @@ logger = logging.getLogger(__name__)
 PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/")
 PUBLIC_PATHS = ("/health", "/ready", "/v1/models", JWKS, BARE_JWKS)
 
+WEBSOCKETS = "/run/"  # whose route checks the key itself, because it has to take the connection first
+
 RUN_PREFIXES = ("/run/", openai.PREFIX)  # where a caller waits for its pictures
 
 _EXPOSED = (
     "x-fal-request-id, x-fal-request-timeout-type, x-fal-error-type, x-fal-retryable, x-fal-needs-retry, "
-    "x-fal-billable-units, x-darkroom-ignored-fields, idempotent-replayed, x-should-retry, "
-    "etag, accept-ranges, content-range, content-disposition"
+    "x-fal-billable-units, x-darkroom-ignored-fields, x-darkroom-priority, idempotent-replayed, "
+    "x-should-retry, retry-after, etag, accept-ranges, content-range, content-disposition"
 )
 
 
@@ -84,28 +88,41 @@ class Addressing:
 
 
 class Authentication:
-    """Denies what has no key, but for a literal list of public paths."""
+    """Denies what has no key, but for a literal list of public paths.
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    `proxies` of the operator's stand in front, see `address_of`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, proxies: int) -> None:
         self._app = app
         self._keys = keys
+        self._proxies = proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
-        if path not in PUBLIC_PATHS and not path.startswith(PUBLIC_PREFIXES):
-            scope.setdefault("state", {})["tenant"] = self._tenant(scope)
+        state = scope.setdefault("state", {})
+        state["address"] = address_of(scope, self._proxies)
+        if not self._is_public(scope):
+            state["actor"] = actor = await self._actor(scope)
+            state["tenant"] = actor.tenant
         await self._app(scope, receive, send)
 
-    def _tenant(self, scope: Scope) -> str:
+    def _is_public(self, scope: Scope) -> bool:
+        path: str = scope["path"]
+        if scope["type"] == "websocket":
+            query = scope["query_string"].decode("latin-1")
+            return canonical(path, query, HeaderView(scope=scope)).path.startswith(WEBSOCKETS)
+        return path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES)
+
+    async def _actor(self, scope: Scope) -> Actor:
         """By the key, or by the token that a browser has instead of one."""
         headers, query = HeaderView(scope=scope), scope["query_string"].decode("latin-1")
-        given = headers.getlist("authorization")
-        if not given and (token := tokens.token_in(query)):
-            return self._keys.holder(token, tokens.covered(canonical(scope["path"], query, headers).path))
-        return self._keys.tenant(given)
+        given, token, covered = headers.getlist("authorization"), tokens.token_in(query), ""
+        if token and not given:
+            covered = tokens.covered(canonical(scope["path"], query, headers).path)
+        return await self._keys.actor(given, scope["state"]["address"], token, covered)
 
 
 class Errors:

@@ -92,10 +92,10 @@ class _Images:
 
     async def _submit(self, request: Request, endpoint_id: str, asked: Mapping[str, Any]) -> Accepted:
         base_url = self._gateway.settings.public_url or wishes.base_url(request)
-        caller = Caller(request.state.tenant, base_url)
+        caller = Caller(request.state.actor, base_url)
         kind = registry.endpoint(endpoint_id).input_type()
         return await self._gateway.submit(
-            endpoint_id, _fields(asked, kind), caller, wishes.read(request, previews=False)
+            endpoint_id, _fields(asked, kind), caller, wishes.read(request, previews=False, waits=True)
         )
 
     async def _asked(self, request: Request) -> dict[str, Any]:
@@ -201,4 +201,4 @@ def failure(error: DarkroomError) -> Response:
     status = 400 if error.status == 422 else error.status
     headers = answers.failure_headers(error.status, error.error_type, error.retryable)
     headers["x-should-retry"] = str(error.retryable).lower()  # which OpenAI's clients obey
-    return answers.Json({"error": told}, status, headers)
+    return answers.Json({"error": told}, status, {**headers, **answers.retry_header(error)})

@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from deployments.files.fetch import own_key
 from deployments.gateway import body, tokens, wishes
 from deployments.gateway.abandoned import abandon
-from deployments.gateway.gateway import Caller, Gateway
+from deployments.gateway.gateway import Caller, Gateway, Wishes
 from deployments.gateway.keys import Keys
 from schemas.errors import BadRequest, BodyTooLarge, DarkroomError, FieldError, InputError, NotAuthenticated
 
@@ -47,26 +47,24 @@ class _Realtime:
         before the connection stands."""
         await socket.accept()
         try:
-            caller, endpoint_id, inbox = self._admitted(socket)
+            caller, endpoint_id, inbox = await self._admitted(socket)
         except NotAuthenticated as error:
-            # the JavaScript client fetches a new token at this status; the Python client raises at this type
-            await socket.send_json(_frame(error) | {"status": "error", "error": "Unauthorized"})
-            await socket.close(REFUSED, error.message)
+            await _refuse(socket, error)
         except DarkroomError as error:
             await socket.send_json(_frame(error))
             await socket.close()
         else:
             await self._converse(socket, caller, endpoint_id, inbox)
 
-    def _admitted(self, socket: WebSocket) -> tuple[Caller, str, Inbox]:
+    async def _admitted(self, socket: WebSocket) -> tuple[Caller, str, Inbox]:
         """Who calls, which endpoint, and room for what is to come. Raises DarkroomError."""
         path = str(socket.path_params["path"]).strip("/")
         given, token = socket.headers.getlist("authorization"), socket.query_params.get(tokens.QUERY)
-        tenant = self._keys.holder(token, path) if token and not given else self._keys.tenant(given)
+        actor = await self._keys.actor(given, socket.state.address, token, path)
         base_url = self._gateway.settings.public_url or wishes.base_url(socket)
         endpoint_id = path if path in self._gateway.endpoints else path.removesuffix(SUFFIX)
         self._gateway.check(endpoint_id)
-        return Caller(tenant, base_url), endpoint_id, asyncio.Queue(_buffering(socket))
+        return Caller(actor, base_url), endpoint_id, asyncio.Queue(_buffering(socket))
 
     async def _converse(self, socket: WebSocket, caller: Caller, endpoint_id: str, inbox: Inbox) -> None:
         """Read and answer until the caller leaves, or says nothing for long."""
@@ -94,8 +92,12 @@ class _Realtime:
                 await socket.close()
                 return
             try:
+                await self._keys.check(caller.actor)
                 fields = _fields(message, self._gateway.settings.max_body_bytes)
                 answer = msgpack.packb(await self._output(fields, caller, endpoint_id))
+            except NotAuthenticated as error:
+                await _refuse(socket, error)
+                return
             except DarkroomError as error:
                 await socket.send_json(_frame(error))
             else:
@@ -104,7 +106,7 @@ class _Realtime:
     async def _output(self, fields: dict[str, Any], caller: Caller, endpoint_id: str) -> dict[str, Any]:
         """Run one request like any other; the caller's leaving cancels it."""
         own_id = fields.pop("request_id", None)
-        job = (await self._gateway.submit(endpoint_id, fields, caller)).job
+        job = (await self._gateway.submit(endpoint_id, fields, caller, Wishes(waits=True))).job
         try:
             result = await self._gateway.result(job.request_id, job.tenant)
         except asyncio.CancelledError:
@@ -128,6 +130,13 @@ class _Realtime:
         if url.startswith("data:"):
             return base64.b64decode(url.partition(",")[2])
         return await self._gateway.files.content(own_key(url, base_url) or "")
+
+
+async def _refuse(socket: WebSocket, error: NotAuthenticated) -> None:
+    """Say why and close."""
+    # the JavaScript client fetches a new token at this status; the Python client raises at this type
+    await socket.send_json(_frame(error) | {"status": "error", "error": "Unauthorized"})
+    await socket.close(REFUSED, error.message)
 
 
 async def _read(socket: WebSocket, inbox: Inbox) -> None:

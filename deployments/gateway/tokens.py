@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.gateway import answers, body, validation
-from deployments.gateway.keys import Keys
+from deployments.gateway.keys import ANYONE, Keys
 
 QUERY = "fal_jwt_token"  # how a client shows a token
 DEFAULT_S = 120
@@ -34,7 +34,9 @@ def routes(keys: Keys) -> list[Route]:
         data = body.parse(await body.read(request.stream(), declared, MAX_JSON_BYTES))
         wish = validation.read(_Wish, data)
         apps = [app[:100].strip("/") for app in wish.allowed_apps]
-        return keys.issue(request.state.tenant, apps, wish.duration or wish.token_expiration or DEFAULT_S)
+        return keys.issue(
+            request.state.actor.key_id or ANYONE, apps, wish.duration or wish.token_expiration or DEFAULT_S
+        )
 
     async def bare(request: Request) -> Response:
         return answers.Json(await issued(request))

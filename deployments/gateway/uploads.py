@@ -74,7 +74,7 @@ class _Uploads:
         self._uploads = gateway.uploads
         self._files = gateway.files
         self._public_url = gateway.settings.public_url
-        self._keep_s = gateway.settings.keep_files_s
+        self._keep_s = gateway.settings.keep.files_s
         self._keys = keys
 
     async def initiate(self, request: Request) -> Response:
@@ -98,11 +98,11 @@ class _Uploads:
         )
 
     async def upload(self, request: Request) -> Response:
-        self._admit(request)
+        await self._admit(request)
         return await self._receive(request, await self._announced(request))
 
     async def begin(self, request: Request) -> Response:
-        self._admit(request)
+        await self._admit(request)
         ticket = await self._announced(request)
         url = self._url(request, ticket)
         return answers.Json({"access_url": url, "uploadId": self._uploads.sign(ticket)})
@@ -156,11 +156,11 @@ class _Uploads:
         text = request.path_params.get("ticket") or request.query_params.get("ticket", "")
         return self._uploads.ticket(text, request.path_params["key"])
 
-    def _admit(self, request: Request) -> None:
-        """Who has a pass may send, and who has a key. Raises NotAuthenticated."""
+    async def _admit(self, request: Request) -> None:
+        """Who has a pass may send, and who has a key. Raises what Keys.actor does."""
         given = request.headers.getlist("authorization")
         if not any(self._uploads.admits(each.strip().partition(" ")[2].strip()) for each in given):
-            self._keys.tenant(given)
+            await self._keys.actor(given, request.state.address)
 
     def _url(self, request: Request, ticket: Ticket) -> str:
         return self._files.url(ticket.key, self._base_url(request))

@@ -27,7 +27,7 @@ def base_url(request: HTTPConnection) -> str:
     return text
 
 
-def read(request: Request, *, previews: bool) -> Wishes:
+def read(request: Request, *, previews: bool, waits: bool = False) -> Wishes:
     """Raises BadRequest for what is malformed."""
     low = request.headers.get("x-fal-queue-priority", "").lower() == "low"
     return Wishes(
@@ -36,6 +36,7 @@ def read(request: Request, *, previews: bool) -> Wishes:
         webhook_url=_webhook_url(request),
         max_queue_length=_max_queue_length(request),
         previews=previews,
+        waits=waits,
         retries=retries.wanted(request.headers),
         stores_io=flag(request.headers, "x-fal-store-io", default=True),
         tags=_tags(request),

@@ -3,22 +3,36 @@
 import re
 from pathlib import Path
 
+from deployments.queue.audit import Audit
 from deployments.queue.database import Database
+from deployments.queue.keys import KeyTable
 from deployments.queue.outbox import Outbox
 from deployments.queue.queue import Queue
 from deployments.queue.transitions import Setback
-from schemas.settings import KEEP_RESULTS_S, LeaseSettings, local_path
+from schemas.settings import LeaseSettings, Retention, local_path
 
-__all__ = ["Outbox", "Queue", "Setback", "migrate", "open_database", "open_outbox", "open_queue"]
+__all__ = [
+    "Audit",
+    "KeyTable",
+    "Outbox",
+    "Queue",
+    "Setback",
+    "migrate",
+    "open_audit",
+    "open_database",
+    "open_keys",
+    "open_outbox",
+    "open_queue",
+]
 
 
-def open_queue(url: str, lease: LeaseSettings, keep_results_s: float = KEEP_RESULTS_S) -> Queue:
+def open_queue(url: str, lease: LeaseSettings, keep: Retention | None = None) -> Queue:
     """Open the queue at `sqlite:///PATH` (the file is made when absent) or `postgresql://USER@HOST/DATABASE`.
 
     Its schema is brought up to date. Needs a running event loop. Raises StoreDown where the server cannot be
     reached, RuntimeError where the schema is newer than this code.
     """
-    return Queue(open_database(url), lease, keep_results_s)
+    return Queue(open_database(url), lease, keep)
 
 
 def open_outbox(url: str, lease_s: float) -> Outbox:
@@ -36,6 +50,16 @@ def open_database(url: str) -> Database:
     from deployments.queue.sqlite import SqliteDatabase
 
     return SqliteDatabase(path)
+
+
+def open_keys(url: str) -> KeyTable:
+    """Open the keys in the queue at `url`, as `open_queue` does, on connections of their own."""
+    return KeyTable(open_database(url))
+
+
+def open_audit(url: str) -> Audit:
+    """Open the audit in the queue at `url`, as `open_queue` does, on connections of its own."""
+    return Audit(open_database(url))
 
 
 def migrate(url: str, to: str = "head") -> tuple[str | None, str | None]:

@@ -15,7 +15,7 @@ class Database(ABC):
 
     An operation is a plain function of a connection. It may run more than once before its result
     counts, so it must have no effect but on the connection. Where the database itself
-    fails, StoreDown is raised.
+    fails, StoreDown is raised; where it fails at a commit, that may have been kept or not.
     """
 
     @abstractmethod

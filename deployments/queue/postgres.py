@@ -43,10 +43,10 @@ CONNECTION = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
-# No transaction waits, or keeps the others waiting, for ever.
+# No transaction waits, or keeps the others waiting, for ever; who waits outlasts who stands still.
 SESSION = (
     "SET synchronous_commit = on; SET lock_timeout = '15s'; SET statement_timeout = '30s'; "
-    "SET idle_in_transaction_session_timeout = '15s'"
+    "SET idle_in_transaction_session_timeout = '10s'"
 )
 
 LOCK = text(f"SELECT pg_advisory_xact_lock({WRITING})")

@@ -22,11 +22,12 @@ from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
 from deployments import crash
-from deployments.queue import rows, upkeep
+from deployments.queue import audit, limits, rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
 from deployments.queue.transitions import Setback, append, change, complete, erase, held, note, put_back, take
-from schemas.errors import BadRequest, Cancelled, KeyReused, QueueFull
+from schemas.access import Action, Actor
+from schemas.errors import BadRequest, Cancelled, Erased, KeyReused, QueueFull, RequestError
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -40,13 +41,14 @@ from schemas.jobs import (
     Snapshot,
     State,
 )
-from schemas.settings import KEEP_RESULTS_S, LeaseSettings
+from schemas.settings import LeaseSettings, Retention
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
+MAX_POSITION = 10_000  # positions beyond are told as this: each look would cost more than a start
 LEAD_S = 5.0  # a leader that is not heard of for so long is followed by another
 
 
@@ -66,12 +68,12 @@ class Queue:
         self,
         database: Database,
         lease: LeaseSettings,
-        keep_results_s: float = KEEP_RESULTS_S,
+        keep: Retention | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._lease = lease
-        self._keep_results_s = keep_results_s
+        self._keep = keep or Retention()
         self._clock = clock
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._feed: asyncio.Task[None] | None = None
@@ -94,14 +96,18 @@ class Queue:
         notes: Sequence[JobEvent] = (),
         max_ahead: int | None = None,
         once: Once | None = None,
+        by: Actor | None = None,
+        *,
+        waits: bool = False,
     ) -> Receipt:
-        """Accept a job. When this returns it is on disk and will reach a result.
+        """Accept a job. When this returns it is on disk and will reach a result. `waits`: it is a run.
 
         Under a key that is known, the receipt is of the request that came first, and nothing is kept.
         Raises QueueFull, and keeps nothing, when more than `max_ahead` jobs run before it; KeyReused when
-        the key came with another input.
+        the key came with another input; what limits.admit says when the caller may not submit more.
         """
         now = self._clock()
+        actor = by or Actor(job.tenant)
         deadline = None if job.start_timeout_s is None else now + job.start_timeout_s
         values = rows.job_values(job) | {
             "state": State.QUEUED,
@@ -114,22 +120,37 @@ class Queue:
             "cancel_requested": False,
         }
 
-        def operation(connection: Connection) -> Receipt:
+        place = {
+            "model": job.model,
+            "priority": job.priority,
+            "tenant": job.tenant,
+            "most": max(MAX_POSITION, (max_ahead or 0) + 1),
+        }
+
+        def operation(connection: Connection) -> Receipt | RequestError:
             if once is not None and (known := _submitted(connection, job, once, now)) is not None:
                 return known
             crash.point("submit.begun")
-            turn = connection.execute(sql.TURN, values).scalar_one()
+            if (refusal := limits.admit(connection, actor, now, waits=waits)) is not None:
+                return refusal
+            crash.point("submit.admitted")
+            if once is not None:
+                _remember(connection, job, once, now)
+            audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
+            crash.point("submit.audited")
+            turn, position = connection.execute(sql.PLACE, place).one()
             crash.point("submit.turn_drawn")
-            seq = connection.execute(sql.ACCEPT, {**values, "turn": turn}).scalar_one()
+            if max_ahead is not None and position > max_ahead:
+                raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
+            connection.execute(sql.ACCEPT, {**values, "turn": turn})
             crash.point("submit.inserted")
             append(connection, job.request_id, notes, now)
             crash.point("submit.noted")
-            position = _position(connection, job.model, job.priority, turn, seq)
-            if max_ahead is not None and position > max_ahead:
-                raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
             return Receipt(job.request_id, position)
 
         receipt = await self._write(operation)
+        if isinstance(receipt, RequestError):
+            raise receipt
         crash.point("submit.stored")
         self.wake()
         return receipt
@@ -153,11 +174,12 @@ class Queue:
 
         return await self._database.read(operation)
 
-    async def erase(self, request_id: str, tenant: str) -> Record | None:
+    async def erase(self, request_id: str, tenant: str, by: Actor | None = None) -> Record | None:
         """Delete the input, the output and the log of a completed request. Returns what it was, or None.
 
         Raises BadRequest while it is not completed, and while its webhook, which tells the output, is owed.
         """
+        now = self._clock()
 
         def operation(connection: Connection) -> Record | None:
             record = _find(connection, request_id, tenant)
@@ -168,7 +190,9 @@ class Queue:
             if connection.scalar(sql.OWED, {"request_id": request_id}) is not None:
                 raise BadRequest("The request's webhook is still being delivered; try again later.")
             crash.point("erase.found")
-            erase(connection, request_id)
+            if record.result is None or record.result.error_type != Erased.error_type:
+                erase(connection, request_id)
+                audit.note(connection, Action.ERASE, by or Actor(tenant), request_id, now)
             return record
 
         record = await self._write(operation)
@@ -209,8 +233,9 @@ class Queue:
             if not self._watchers[request_id]:
                 del self._watchers[request_id]
 
-    async def cancel(self, request_id: str, tenant: str) -> CancelOutcome:
-        """Give a request up. One that waits ends here; one that runs ends within a step."""
+    async def cancel(self, request_id: str, tenant: str, by: Actor | None = None) -> CancelOutcome:
+        """Give a request up. One that waits ends here; one that runs ends within a step. Without `by` the
+        server does it, for a caller that has left."""
         now = self._clock()
 
         def operation(connection: Connection) -> CancelOutcome:
@@ -219,6 +244,8 @@ class Queue:
                 return CancelOutcome.NOT_FOUND
             if record.state == State.COMPLETED:
                 return CancelOutcome.ALREADY_COMPLETED
+            if record.cancel_requested:
+                return CancelOutcome.REQUESTED
             if record.state == State.QUEUED:
                 crash.point("cancel.waits")
                 complete(connection, record.job, JobResult.failure(Cancelled()), now)
@@ -227,6 +254,7 @@ class Queue:
                 change(connection, request_id, cancel_requested=True)
                 crash.point("cancel.marked")
                 note(connection, request_id, now)
+            audit.note(connection, Action.CANCEL, by or Actor(tenant), request_id, now)
             return CancelOutcome.REQUESTED
 
         outcome = await self._write(operation)
@@ -266,14 +294,18 @@ class Queue:
         return await self._database.read(operation)
 
     async def claim(self, model: str, owner: str, limit: int) -> list[Claim]:
-        """Up to `limit` requests of a model, in their order."""
+        """Up to `limit` requests of a model, in their order; of a tenant no more than may run at once."""
 
         def operation(connection: Connection) -> list[Claim]:
             now = self._clock()
-            wanted = {"model": model, "now": now, "limit": limit}
-            found = connection.execute(sql.CLAIMABLE, wanted).mappings().all()
+            rooms = limits.rooms(connection)
+            full = [tenant for tenant, room in rooms.items() if room <= 0]
+            wanted = {"model": model, "now": now, "limit": limit, "full": full}
+            statement = sql.CLAIMABLE_BESIDE if full else sql.CLAIMABLE
+            found = connection.execute(statement, wanted).mappings().all()
             crash.point("claim.found")
-            return [take(connection, row, owner, now, now + self._lease.lease_s) for row in found]
+            until = now + self._lease.lease_s
+            return [take(connection, row, owner, now, until) for row in limits.within(found, rooms)]
 
         claims = await self._write(operation)
         crash.point("claim.stored")
@@ -396,7 +428,7 @@ class Queue:
         Returns how many requests changed. Of each kind at most a batch: whoever sweeps again gets the rest.
         """
         now = self._clock()
-        times = upkeep.times(now, self._keep_results_s)
+        times = upkeep.times(now, self._keep)
         if not await self._database.read(lambda connection: connection.scalar(sql.ANY_UPKEEP, times)):
             return 0
         count = await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
@@ -447,12 +479,12 @@ def _find(connection: Connection, request_id: str, tenant: str) -> Record | None
         return None
     position = None
     if row["state"] == State.QUEUED:
-        position = _position_of(connection, row)
+        position = _position(connection, row)
     return rows.record(row, position)
 
 
 def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Receipt | None:
-    """The receipt of the submit that came first under the key. If there was none, this is the first.
+    """The receipt of the submit that came first under the key, or None if there was none.
 
     A request that was cancelled, or failed for no fault of its own, does not count: its caller tries again.
     """
@@ -463,25 +495,26 @@ def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Rece
         if row["once_fingerprint"] != once.fingerprint:
             raise KeyReused("This Idempotency-Key was used for another input; take a new one.")
         is_queued = row["state"] == State.QUEUED
-        position = _position_of(connection, row) if is_queued else 0
+        position = _position(connection, row) if is_queued else 0
         return Receipt(row["request_id"], position, replayed=True)
+    return None
+
+
+def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
+    """This submit is the first under its key."""
+    place = {"tenant": job.tenant, "key": once.key}
     crash.point("key.unknown")
     connection.execute(sql.FORGET_KEY, place)
     crash.point("key.forgotten")
     new = {"fingerprint": once.fingerprint, "request_id": job.request_id, "at": now}
     connection.execute(sql.REMEMBER_KEY, place | new)
     crash.point("key.remembered")
-    return None
 
 
-def _position_of(connection: Connection, row: RowMapping) -> int:
-    return _position(connection, row["model"], row["priority"], row["turn"], row["seq"])
-
-
-def _position(connection: Connection, model: str, priority: int, turn: int, seq: int) -> int:
-    """How many queued requests of the model run before this one."""
-    place = {"model": model, "priority": priority, "turn": turn, "seq": seq}
-    return int(connection.execute(sql.POSITION, place).scalar_one())
+def _position(connection: Connection, row: RowMapping) -> int:
+    """How many queued requests of the model run before this one, up to MAX_POSITION."""
+    wanted = {name: row[name] for name in ("model", "priority", "turn", "seq")}
+    return int(connection.execute(sql.POSITION, {**wanted, "most": MAX_POSITION}).scalar_one())
 
 
 def _has_work(connection: Connection, model: str, now: float) -> bool:

@@ -105,6 +105,7 @@ _index_where(is_running, "requests_lease", "lease_until")
 _index_where(is_completed, "requests_finished", "finished_at")
 _index_where(is_unkept, "requests_unkept", "finished_at")
 Index("requests_of_tenant", requests.c.tenant, requests.c.seq)
+Index("requests_states_of_tenant", requests.c.tenant, requests.c.state)
 
 # Every change of a request writes a row here: the caller's log, previews, and changes of state.
 # The growing `seq` is the feed by which other processes learn what changed.
@@ -176,4 +177,44 @@ leaders = Table(
     Column("role", String(50), primary_key=True),
     Column("owner", String(100), nullable=False),
     Column("lease_until", Float, nullable=False),
+)
+
+# The keys that open the server, beside those of its environment, and what each has used up. A row stays when
+# its key is revoked: a server that once had keys is never open again.
+keys = Table(
+    "keys",
+    metadata,
+    Column("key_id", String(100), primary_key=True),
+    Column("tenant", String(100), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("label", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("revoked_at", Float),
+    # what it may, see schemas.access.Allowance
+    Column("max_priority", Integer, nullable=False),
+    Column("per_minute", Integer),
+    Column("max_queued", Integer),
+    Column("max_running", Integer),
+    Column("daily_requests", Integer),
+    # what it did: a token bucket, and the requests of a day
+    Column("tokens", Float),  # at `filled_at`; null: full
+    Column("filled_at", Float),
+    Column("day", Integer),  # since the epoch
+    Column("used", Integer, nullable=False, server_default="0"),  # on that day
+    Index("keys_of_tenant", "tenant", "key_id"),
+)
+
+# Who did what. Rows are added, and never changed.
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", Serial, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("action", String(20), nullable=False),
+    Column("tenant", String(100), nullable=False),
+    Column("key_id", String(100)),
+    Column("address", String(45)),
+    Column("subject", String(100), nullable=False),
+    Index("audit_of_tenant", "tenant", "seq"),
+    sqlite_autoincrement=True,
 )

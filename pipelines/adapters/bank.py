@@ -13,7 +13,7 @@ The idea of batching adapters this way is that of Punica (arXiv 2310.18547) and 
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import Condition
 from typing import Any
@@ -84,6 +84,7 @@ class _Layer:
         used = start
         if given is not None:
             used += given.rank
+            _check_range(given, self._down.dtype)
             self._down[start:used].copy_(given.down)
             self._up[:, start:used].copy_(given.up)
             if given.bias is not None:
@@ -100,11 +101,25 @@ class _Layer:
         x: Tensor = inputs[0]
         down, up = self._down[active.start : active.stop], self._up[:, active.start : active.stop]
         scales = active.apart.get(self._name, active.scales).to(x.dtype)
-        added = _widen(module, _narrow(module, x, down) * _over(module, scales, x), up)
+        over = _over(module, scales, x)
+        # what overflows for an adapter that a row does not use must not become NaN in it
+        inner = (_narrow(module, x, down) * over).masked_fill_(over == 0, 0)
+        added = _widen(module, inner, up)
         for first, bias in self._biases.items():
             if active.start <= first < active.stop:  # all ranks of an adapter have its scale
                 added += _over(module, scales[:, first - active.start, None] * bias, x)
         return output + added
+
+
+def _check_range(given: LoraLayer, dtype: torch.dtype) -> None:
+    """Raise AssetError for numbers that would become infinite in `dtype`: rows of others would feel them."""
+    most = torch.finfo(dtype).max
+    for values in (given.down, given.up, given.bias):
+        if values is None or not values.numel() or torch.finfo(values.dtype).max <= most:
+            continue
+        if values.abs().max() > most:
+            message = f"The LoRA holds values beyond {most:g}, the most that this server's {dtype} can hold."
+            raise AssetError(message, "invalid_weights")
 
 
 # A linear layer has its channels last, a convolution [rows, channels, height, width].
@@ -149,7 +164,7 @@ class LoraBank:
         """Make adapters resident and keep them so until `release`; waits while others need the room.
 
         All of them or none, so that two waiting requests cannot block each other. Raises AssetError
-        when they would not fit into an empty bank.
+        when they would not fit into an empty bank, or not into the modules' dtype.
         """
         layers = {name: self._layers_of(lora) for name, lora in loras.items()}
         ranks = {name: max((len(each.down) for each in layers[name].values()), default=0) for name in loras}
@@ -160,8 +175,11 @@ class LoraBank:
         with self._changed:
             while (placed := self._place(ranks)) is None:
                 self._changed.wait()
-            for name in placed:
-                self._write(self._residents[name], layers[name])
+            with ExitStack() as undo:
+                undo.callback(self._forget, placed)  # what is written in part is not here
+                for name in placed:
+                    self._write(self._residents[name], layers[name])
+                undo.pop_all()
             for name in loras:
                 self._residents.move_to_end(name)
                 self._residents[name].pins += 1
@@ -240,6 +258,10 @@ class LoraBank:
                 return start
             start = max(start, taken.stop)
         return start if self.rank - start >= rank else None
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            del self._residents[name]
 
     def _write(self, resident: _Resident, layers: Mapping[str, LoraLayer]) -> None:
         with torch.inference_mode():

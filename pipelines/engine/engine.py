@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from pipelines.engine.batcher import choose
+from pipelines.engine.memory import give_back, ran_out, with_room
 from pipelines.engine.sample import Advanced, Sample
 
 logger = logging.getLogger(__name__)
+
+GROWTH = 64  # after memory ran out, what a batch may cost grows by this fraction of itself a turn
 
 Predict = Callable[[Sequence[Sample]], Sequence[Tensor]]
 """Samples of one key → the model's prediction for each, same order, float32."""
@@ -33,13 +36,14 @@ class Listener(Protocol):
 class Engine:
     """Runs `predict` over the samples added to it, one batch a turn, on a thread of its own.
 
-    `budget` bounds a batch in image tokens (see `choose`). `add` and `remove` may be called from any
+    `budget` bounds a batch in image tokens (see `choose`); when memory runs out, batches become half as
+    large, and then slowly larger again. `add` and `remove` may be called from any
     thread and take effect before the next turn.
     """
 
     def __init__(self, predict: Predict, budget: int) -> None:
         self._predict = predict
-        self._budget = budget
+        self._budget = self._room = budget
         self._active: dict[Sample, Listener] = {}
         self._changed = Condition()
         self._turn = 0
@@ -92,25 +96,34 @@ class Engine:
         with self._changed:
             if not self._active:
                 return
-            batch = choose(list(self._active), self._budget)
+            batch = choose(list(self._active), self._room)
+        self._room = min(self._budget, self._room + 1 + self._room // GROWTH)
         for sample, outcome in zip(batch, self._outcomes(batch), strict=True):
             self._tell(sample, outcome)
         self._turn += 1
 
     def _outcomes(self, batch: Sequence[Sample]) -> list[Advanced | Exception]:
-        """What the step gives each row. A batch that fails is run again row by row, so that the row
-        at fault fails alone. No sample is changed yet."""
+        """What the step gives each row. A batch that fails is run again in halves, so that a row at
+        fault fails alone. No sample is changed yet."""
         try:
-            predictions = self._predict(batch)
-            return [
-                sample.plan.advance(sample.step, sample.latents, prediction, sample.denoised)
-                for sample, prediction in zip(batch, predictions, strict=True)
-            ]
+            return with_room(self._advanced, batch) if len(batch) == 1 else self._advanced(batch)
         except Exception as error:  # noqa: BLE001 - the top of the loop; ends up at the listener
             if len(batch) == 1:
                 return [error]
-        logger.warning("a batch of %d failed; running its rows alone", len(batch))
-        return [outcome for sample in batch for outcome in self._outcomes([sample])]
+            logger.warning("a batch of %d failed, running its halves: %s", len(batch), str(error))
+            is_too_large = ran_out(error)
+        if is_too_large:
+            self._room = min(self._room, sum(sample.cost for sample in batch) // 2)
+            give_back()
+        half = len(batch) // 2
+        return [*self._outcomes(batch[:half]), *self._outcomes(batch[half:])]
+
+    def _advanced(self, batch: Sequence[Sample]) -> list[Advanced | Exception]:
+        predictions = self._predict(batch)
+        return [
+            sample.plan.advance(sample.step, sample.latents, prediction, sample.denoised)
+            for sample, prediction in zip(batch, predictions, strict=True)
+        ]
 
     def _tell(self, sample: Sample, outcome: Advanced | Exception) -> None:
         listener = self._active.get(sample)

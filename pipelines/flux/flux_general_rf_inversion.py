@@ -40,7 +40,7 @@ class Pipeline(FluxPipeline[Input]):
     output_type = Output
 
     def hold(self, request: Input, assets: Assets) -> ExitStack:
-        grid = self._grid(request.image_size, assets.images["body", "image_url"])
+        grid = self._grid(request, request.image_size, assets.images["body", "image_url"])
         with ExitStack() as held:
             reader = GuideReader(self.model, assets, grid, held)
             styles, controls = self._loras(request, assets)
@@ -50,7 +50,7 @@ class Pipeline(FluxPipeline[Input]):
 
     def prepare(self, request: Input, assets: Assets, seed: int) -> Generation:
         seed = seed if request.seed is None else request.seed
-        grid = self._grid(request.image_size, assets.images["body", "image_url"])
+        grid = self._grid(request, request.image_size, assets.images["body", "image_url"])
         with ExitStack() as held:
             edit = self._edit(request, assets, grid, held)
             return Generation(
@@ -127,9 +127,15 @@ class Pipeline(FluxPipeline[Input]):
             edit.denoising.adapters,
             self.model.to_device(draw_noise(grid, seed)),
             edit.gamma,
-            keep=lambda noise: self.model.noises.keep(noise_name, noise.cpu()),
+            keep=lambda noise: self._keep(noise_name, noise),
         )
         return Sample(name, FluxPlan(grid, inversion, edit.denoising), edit.picture)
+
+    def _keep(self, name: str, noise: Tensor) -> None:
+        """Keep a structured noise, unless its numbers overflowed: the next request shall try anew."""
+        noise = noise.cpu()
+        if noise.isfinite().all():
+            self.model.noises.keep(name, noise)
 
 
 def _etas(request: Input) -> tuple[float, ...]:

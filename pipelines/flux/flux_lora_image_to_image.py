@@ -16,6 +16,7 @@ class Pipeline(FluxPipeline[Input]):
     output_type = Output
 
     def hold(self, request: Input, assets: Assets) -> ExitStack:
+        self._grid(request, request.image_size, assets.images["body", "image_url"])
         with ExitStack() as held:
             self._adapters(self._read_styles("loras", request.loras, assets), held)
             return held.pop_all()
@@ -23,7 +24,7 @@ class Pipeline(FluxPipeline[Input]):
     def prepare(self, request: Input, assets: Assets, seed: int) -> Generation:
         seed = seed if request.seed is None else request.seed
         start = assets.images["body", "image_url"]
-        grid = self._grid(request.image_size, start)
+        grid = self._grid(request, request.image_size, start)
         with ExitStack() as held:
             adapters = self._adapters(self._read_styles("loras", request.loras, assets), held)
             sigmas = remaining(self.model.sigmas(request.num_inference_steps, grid), request.strength)

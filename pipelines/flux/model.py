@@ -29,6 +29,7 @@ from pipelines.flux.sampling import Grid, Shift, Spacing, pack, schedule, unpack
 from pipelines.flux.transformer import AdaptedTransformer
 from pipelines.images import fill, to_tensor
 from pipelines.preprocess import DepthEstimator
+from pipelines.vae import decode, encode
 from schemas.errors import AssetError
 from schemas.settings import ModelSettings
 
@@ -48,7 +49,7 @@ class FluxModel(Model):
         redux: Redux | None = None,
         depth: DepthEstimator | None = None,
     ) -> None:
-        self.max_pixels = settings.limits.max_pixels
+        self.limits = settings.limits
         self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
         self.noises: Cache[Tensor] = Cache(settings.noise_bytes)  # structured ones, of inversions
         self.targets = targets(components.transformer, components.text_encoder, components.text_encoder_2)
@@ -117,7 +118,7 @@ class FluxModel(Model):
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[3, height, width] in [-1, 1], sides divisible by 16 → as `encode_image`."""
         vae = self._parts.vae
-        latents: Tensor = vae.encode(pixels[None].to(self._device, vae.dtype)).latent_dist.mode()[0].float()
+        latents = encode(vae, pixels)
         return pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     def read_lora(self, path: Path) -> Lora:
@@ -208,8 +209,7 @@ class FluxModel(Model):
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self._parts.vae
         scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels: Tensor = vae.decode(scaled[None].to(vae.dtype), return_dict=False)[0]
-        return pixels[0].float()
+        return decode(vae, scaled)
 
 
 def _lacking(what: str, setting: str) -> AssetError:

@@ -19,8 +19,8 @@ from pipelines.flux.model import FluxModel, plan_of
 from pipelines.flux.plan import Adapters
 from pipelines.flux.sampling import Grid
 from schemas.endpoints.flux_dev import Output
-from schemas.errors import InternalError, Location
-from schemas.fields import ImageSize, ImageSizePreset, resolve
+from schemas.errors import Location, NotFinite
+from schemas.fields import EndpointInput, ImageSize, ImageSizePreset, resolve
 
 
 class LoraWish(Protocol):
@@ -47,7 +47,7 @@ class FluxPipeline(Pipeline[InputT, FluxModel]):
 
     def finish(self, sample: Sample) -> Picture:
         if not torch.isfinite(sample.latents).all():
-            raise InternalError("The model's numbers overflowed; try another seed or size.")
+            raise NotFinite
         return images.from_tensor(self.model.decode(sample.latents, plan_of(sample).grid))
 
     def preview(self, sample: Sample) -> Picture:
@@ -63,12 +63,17 @@ class FluxPipeline(Pipeline[InputT, FluxModel]):
             prompt=request.model_dump(include={"prompt"})["prompt"],
         )
 
-    def _grid(self, size: ImageSize | ImageSizePreset | None, start: Picture) -> Grid:
-        """The size asked for, or the start picture's, scaled down to what this server makes."""
+    def _grid(self, request: EndpointInput, size: ImageSize | ImageSizePreset | None, start: Picture) -> Grid:
+        """The size asked for, or the start picture's, scaled down to what this server makes.
+
+        Raises InputError where that is too much work.
+        """
         if size is not None:
             size = resolve(size)
             return Grid.of(size.width, size.height)
-        return Grid.within(start.width, start.height, self.model.max_pixels)
+        grid = Grid.within(start.width, start.height, self.model.limits.max_pixels)
+        request.check_work(ImageSize(width=grid.width, height=grid.height), self.model.limits)
+        return grid
 
     def _read_loras(self, field: str, wishes: Sequence[LoraWish], assets: Assets) -> list[FoundLora]:
         """The LoRAs of a field, checked. Raises InputError with the path of what is wrong."""

@@ -12,6 +12,7 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from pipelines import vae
 from pipelines.adapters.bank import LoraBank, LoraUse
 from pipelines.adapters.lora import Lora
 from pipelines.adapters.lora import load as load_lora
@@ -89,18 +90,14 @@ class Base:
     @torch.inference_mode()
     def encode_image(self, picture: Picture, grid: Grid) -> Tensor:
         """A picture, fitted to the grid → latents [4, rows, columns], float32: the posterior's mode."""
-        vae = self._parts.vae
-        pixels = to_tensor(fill(picture, grid.width, grid.height))[None].to(self._device, vae.dtype)
-        latents: Tensor = vae.encode(pixels).latent_dist.mode()[0].float() * vae.config.scaling_factor
-        return latents
+        pixels = to_tensor(fill(picture, grid.width, grid.height))
+        scale: float = self._parts.vae.config.scaling_factor
+        return vae.encode(self._parts.vae, pixels) * scale
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [4, rows, columns] → pixels [3, height, width] in about [-1, 1], float32."""
-        vae = self._parts.vae
-        scaled = (latents / vae.config.scaling_factor)[None].to(vae.dtype)
-        pixels: Tensor = vae.decode(scaled, return_dict=False)[0]
-        return pixels[0].float()
+        return vae.decode(self._parts.vae, latents / self._parts.vae.config.scaling_factor)
 
     def decode_small(self, latents: Tensor) -> Tensor:
         """As `decode`, shrunk to at most 256 pixels a side before the VAE sees it."""

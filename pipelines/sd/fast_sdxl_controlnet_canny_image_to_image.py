@@ -19,7 +19,7 @@ from pipelines.sd.plan import Prompting, SdPlan, Side
 from pipelines.sd.schedule import Schedule
 from pipelines.timed import Timed
 from schemas.endpoints.fast_sdxl_controlnet_canny_image_to_image import Input, Output
-from schemas.fields import resolve
+from schemas.fields import ImageSize, resolve
 
 # What the usual canny ControlNets of SDXL were trained on.
 LOW, HIGH = 100, 200
@@ -34,6 +34,7 @@ class Pipeline(SdPipeline[Input]):
             raise ValueError("this endpoint needs an SDXL `model` and a `controlnet` in its settings")
 
     def hold(self, request: Input, assets: Assets) -> ExitStack:
+        self._grid(request, assets.images["body", "control_image_url"])
         with ExitStack() as held:
             hold_loras(self.model, self.model.base, request.loras, assets, held)
             return held.pop_all()
@@ -85,7 +86,9 @@ class Pipeline(SdPipeline[Input]):
         if request.image_size is not None:
             size = resolve(request.image_size)
             return Grid.of(size.width, size.height)
-        return Grid.within(control.width, control.height, self.model.max_pixels)
+        grid = Grid.within(control.width, control.height, self.model.limits.max_pixels)
+        request.check_work(ImageSize(width=grid.width, height=grid.height), self.model.limits)
+        return grid
 
     def _prompt(self, request: Input, seed: int) -> str:
         """The prompt, written on where that is asked for and there is a model for it."""

@@ -36,6 +36,7 @@ class Blueprint:
     encoders: Sequence[Component]
     tokenizers: Sequence[Any]
     scheduler_config: Mapping[str, Any]
+    has_other_unet: bool = False  # in place of the model's own
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +48,15 @@ class Blueprint:
         )
 
     def load(self, device: torch.device | str) -> Parts:
-        """The components on `device`. Raises AssetError for values that are not finite."""
-        unet, vae, *encoders = (component.filled(device, dtype) for component, dtype in self._components())
+        """The components on `device`. Raises AssetError, or UnfitUnet, for values that are not finite."""
+        (denoiser, dtype), *others = self._components()
+        try:
+            unet = denoiser.filled(device, dtype)
+        except AssetError as error:
+            if self.has_other_unet:
+                raise UnfitUnet(error.message, error.kind, error.ctx) from error
+            raise
+        vae, *encoders = (component.filled(device, dtype) for component, dtype in others)
         return Parts(self.kind, unet, vae, tuple(self.tokenizers), tuple(encoders), self.scheduler_config)
 
     def _components(self) -> list[tuple[Component, torch.dtype]]:
@@ -93,7 +101,9 @@ def inspect(
     for component in (autoencoder, *encoders) if unet else (denoiser, autoencoder, *encoders):
         component.check()
     tokenizers = [tokenizer for tokenizer, _ in texts]
-    return Blueprint(kind, dtype, denoiser, autoencoder, encoders, tokenizers, scheduler)
+    return Blueprint(
+        kind, dtype, denoiser, autoencoder, encoders, tokenizers, scheduler, has_other_unet=unet is not None
+    )
 
 
 def _open(source: Path | str, variant: str | None, configs: Mapping[Kind, Path]) -> Checkpoint:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from pipelines import images
-from pipelines.base import Assets, Generation, Outcome, named_by
+from pipelines.base import Assets, Generation, Glimpse, Outcome, named_by
 from pipelines.engine.sample import Sample
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.embeddings import TokenEmbedding
@@ -24,6 +24,7 @@ from pipelines.sd.tiles import Tile, tiles
 from pipelines.sd.trace import Trace
 from schemas.endpoints.lora_image_to_image import Input, Output
 from schemas.errors import FieldError, InputError, Location
+from schemas.fields import ImageSize
 
 SIDE = 1024  # of a picture without a start picture
 MAX_TRACE_BYTES = 2**30  # of pictures that a request gets for debugging, before they are compressed
@@ -33,6 +34,7 @@ class Pipeline(SdPipeline[Input]):
     """The end of a schedule from the start picture noised, or all of it from noise."""
 
     def hold(self, request: Input, assets: Assets) -> ExitStack:
+        self._grid(request, assets)
         with ExitStack() as held:
             gather(self.model, request, assets, held)
             return held.pop_all()
@@ -51,7 +53,7 @@ class Pipeline(SdPipeline[Input]):
                 resources=held.pop_all(),
             )
 
-    def traces(self, generation: Generation) -> Mapping[str, Iterable[tuple[str, Picture]]]:
+    def traces(self, generation: Generation) -> Mapping[str, Iterable[Glimpse]]:
         plans = [plan_of(sample) for sample in generation.samples]
         trace = plans[0].trace
         traces = {
@@ -70,7 +72,7 @@ class Pipeline(SdPipeline[Input]):
         )
 
     def _samples(self, request: Input, assets: Assets, kit: Kit, seed: int) -> tuple[Sample, ...]:
-        base, grid = kit.base, self._grid(assets)
+        base, grid = kit.base, self._grid(request, assets)
         _check_steps(request, base)
         views = tiles(
             grid,
@@ -105,11 +107,13 @@ class Pipeline(SdPipeline[Input]):
 
         return tuple(sample(number) for number in range(request.num_images))
 
-    def _grid(self, assets: Assets) -> Grid:
-        """The start picture's size, scaled down to what this server makes."""
+    def _grid(self, request: Input, assets: Assets) -> Grid:
+        """The start picture's size, scaled down to what this server makes. Raises InputError."""
         start = assets.images.get(("body", "image_url"))
         width, height = start.size if start else (SIDE, SIDE)
-        return Grid.within(width, height, self.model.max_pixels)
+        grid = Grid.within(width, height, self.model.limits.max_pixels)
+        request.check_work(ImageSize(width=grid.width, height=grid.height), self.model.limits)
+        return grid
 
     def _texts(self, request: Input, assets: Assets, kit: Kit) -> tuple[Encoding, Encoding]:
         """The prompt and the negative one."""
@@ -200,19 +204,19 @@ def _check_trace(request: Input, grid: Grid, views: Sequence[Tile]) -> None:
             raise InputError([FieldError(("body", field), message, "too_long")])
 
 
-def _steps(plans: Sequence[SdPlan]) -> Iterator[tuple[str, Picture]]:
+def _steps(plans: Sequence[SdPlan]) -> Iterator[Glimpse]:
     """The latents after each step, decoded one by one: IMAGE_STEP."""
     for image, plan in enumerate(plans):
         for step, latents in plan.trace.steps.items():
-            yield f"{image:04}_{step:04}", _decoded(plan, latents)
+            yield Glimpse(image, f"{image:04}_{step:04}", _decoded(plan, latents))
 
 
-def _tiles(plans: Sequence[SdPlan]) -> Iterator[tuple[str, Picture]]:
+def _tiles(plans: Sequence[SdPlan]) -> Iterator[Glimpse]:
     """The latents in each tile after each step, decoded one by one: IMAGE_STEP_TILE."""
     for image, plan in enumerate(plans):
         for step, parts in plan.trace.tiles.items():
             for tile, latents in enumerate(parts):
-                yield f"{image:04}_{step:04}_{tile:04}", _decoded(plan, latents)
+                yield Glimpse(image, f"{image:04}_{step:04}_{tile:04}", _decoded(plan, latents))
 
 
 def _decoded(plan: SdPlan, latents: Tensor) -> Picture:

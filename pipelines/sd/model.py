@@ -41,7 +41,7 @@ class SdModel(Model):
     ) -> None:
         self.controlnet = controlnet
         self.expander = expander
-        self.max_pixels = settings.limits.max_pixels
+        self.limits = settings.limits
         self.finds_edges = settings.finds_edges
         self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
         self._settings = settings

@@ -8,7 +8,7 @@ from pipelines.base import InputT, Pipeline
 from pipelines.engine.sample import Sample
 from pipelines.sd.base import plan_of
 from pipelines.sd.model import SdModel
-from schemas.errors import InternalError
+from schemas.errors import NotFinite
 
 
 class SdPipeline(Pipeline[InputT, SdModel]):
@@ -18,7 +18,7 @@ class SdPipeline(Pipeline[InputT, SdModel]):
 
     def finish(self, sample: Sample) -> Picture:
         if not torch.isfinite(sample.latents).all():
-            raise InternalError("The model's numbers overflowed; try another seed, size or guidance scale.")
+            raise NotFinite
         return images.from_tensor(plan_of(sample).base.decode(sample.latents))
 
     def preview(self, sample: Sample) -> Picture:

@@ -86,7 +86,7 @@ class _Reader:
 
     tokenizer: Any
     encoder: Any
-    words: re.Pattern[str]  # a group for each of `vectors`
+    words: re.Pattern[str]  # ends in a group for each of `vectors`
     vectors: Sequence[Tensor]  # [n, width], on the encoder's device
     layer: int  # of the hidden states, as an index from their end
     norm: nn.Module  # after it
@@ -114,7 +114,7 @@ class _Reader:
     def _units(self, text: str, weight: float) -> Iterator[_Unit]:
         at = 0
         for word in self.words.finditer(text):
-            assert word.lastindex is not None, "every word is a group"
+            assert word.lastindex is not None, "every word ends in a group"
             yield from self._spelled(text[at : word.start()], weight)
             yield tuple(_Place(_STAND_IN, weight, row) for row in self.vectors[word.lastindex - 1])
             at = word.end()
@@ -140,16 +140,38 @@ class _Reader:
 
 def _readers(parts: Parts, clip_skip: int, embeddings: Sequence[TokenEmbedding]) -> list[_Reader]:
     """One for each text encoder. SD1 and SD2 read the last layer, normed; SDXL the one before, as it is."""
-    longest_first = sorted(embeddings, key=lambda each: len(each.token), reverse=True)
-    words = re.compile("|".join(f"({re.escape(each.token)})" for each in longest_first) or "(?!)", re.I)
+    taught: list[TokenEmbedding] = []
+    words = re.compile(_any_of([(each.token, each) for each in embeddings], taught) or "(?!)", re.I)
     sdxl = parts.kind == "sdxl"
     readers = []
     for number, (tokenizer, encoder) in enumerate(zip(parts.tokenizers, parts.text_encoders, strict=True)):
         _check_skip(clip_skip, encoder.config.num_hidden_layers)
-        vectors = [each.vectors[number].to(encoder.device, encoder.dtype) for each in longest_first]
+        vectors = [each.vectors[number].to(encoder.device, encoder.dtype) for each in taught]
         norm = nn.Identity() if sdxl else _layers_of(encoder).final_layer_norm
         readers.append(_Reader(tokenizer, encoder, words, vectors, -(2 if sdxl else 1) - clip_skip, norm))
     return readers
+
+
+def _any_of(ends: Sequence[tuple[str, TokenEmbedding]], taught: list[TokenEmbedding]) -> str:
+    """A pattern for the longest of these words that stands somewhere, ended by an empty group of its own.
+
+    What words begin with together is looked at once, however many they are. `taught` gets the embeddings in
+    the order of their groups.
+    """
+    by_letter: dict[str, list[tuple[str, TokenEmbedding]]] = {}
+    for end, embedding in ends:
+        by_letter.setdefault(_small(end[:1]), []).append((end[1:], embedding))
+    whole = by_letter.pop("", [])
+    branches = [re.escape(letter) + _any_of(rest, taught) for letter, rest in by_letter.items()]
+    for _, embedding in whole:
+        taught.append(embedding)
+        branches.append("()")
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})" if branches else ""
+
+
+def _small(letter: str) -> str:
+    small = letter.lower()
+    return small if len(small) == 1 else letter  # a few become two
 
 
 def _check_skip(clip_skip: int, layers: int) -> None:

@@ -8,12 +8,14 @@ from schemas.fields import (
     AnySize,
     EndpointInput,
     Image,
+    ImageSize,
     ImageUrl,
     InputPart,
     LoraPath,
     Prompt,
     Seed,
     check_size,
+    check_work,
     resolve,
 )
 from schemas.settings import Limits
@@ -59,7 +61,12 @@ class Input(EndpointInput):
 
     def check(self, limits: Limits) -> None:
         if self.image_size is not None:
-            check_size(resolve(self.image_size), limits)
+            size = resolve(self.image_size)
+            check_size(size, limits)
+            self.check_work(size, limits)
+
+    def check_work(self, size: ImageSize, limits: Limits) -> None:
+        check_work(size, self.num_images, self.num_inference_steps, limits)
 
 
 class Output(BaseModel):

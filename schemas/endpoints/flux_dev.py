@@ -8,10 +8,12 @@ from schemas.fields import (
     AnySize,
     EndpointInput,
     Image,
+    ImageSize,
     ImageSizePreset,
     Prompt,
     Seed,
     check_size,
+    check_work,
     resolve,
 )
 from schemas.settings import Limits
@@ -34,7 +36,12 @@ class Input(EndpointInput):
     enable_safety_checker: bool = Field(True, description="Blacken pictures that are not safe.")
 
     def check(self, limits: Limits) -> None:
-        check_size(resolve(self.image_size), limits)
+        size = resolve(self.image_size)
+        check_size(size, limits)
+        self.check_work(size, limits)
+
+    def check_work(self, size: ImageSize, limits: Limits) -> None:
+        check_work(size, self.num_images, self.num_inference_steps, limits)
 
 
 class Output(BaseModel):

@@ -14,6 +14,7 @@ from schemas.fields import (
     ControlNetPath,
     EasyControlPath,
     EndpointInput,
+    ImageSize,
     ImageUrl,
     InputPart,
     LoraPath,
@@ -21,6 +22,7 @@ from schemas.fields import (
     Seed,
     Variant,
     check_size,
+    check_work,
     resolve,
 )
 from schemas.settings import Limits
@@ -189,9 +191,14 @@ class Input(EndpointInput):
 
     def check(self, limits: Limits) -> None:
         if self.image_size is not None:
-            check_size(resolve(self.image_size), limits)
+            size = resolve(self.image_size)
+            check_size(size, limits)
+            self.check_work(size, limits)
         if faults := [*self._empty_windows()]:
             raise InputError(faults)
+
+    def check_work(self, size: ImageSize, limits: Limits) -> None:
+        check_work(size, self.num_images, 2 * self.num_inference_steps, limits)
 
     def _empty_windows(self) -> Iterator[FieldError]:
         """The spans of steps that end before they begin."""

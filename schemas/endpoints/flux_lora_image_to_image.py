@@ -5,7 +5,18 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from schemas.endpoints import flux_dev
-from schemas.fields import AnySize, EndpointInput, ImageUrl, LoraWeight, Prompt, Seed, check_size, resolve
+from schemas.fields import (
+    AnySize,
+    EndpointInput,
+    ImageSize,
+    ImageUrl,
+    LoraWeight,
+    Prompt,
+    Seed,
+    check_size,
+    check_work,
+    resolve,
+)
 from schemas.settings import Limits
 
 MAX_LORAS = 32
@@ -35,7 +46,12 @@ class Input(EndpointInput):
 
     def check(self, limits: Limits) -> None:
         if self.image_size is not None:
-            check_size(resolve(self.image_size), limits)
+            size = resolve(self.image_size)
+            check_size(size, limits)
+            self.check_work(size, limits)
+
+    def check_work(self, size: ImageSize, limits: Limits) -> None:
+        check_work(size, self.num_images, self.num_inference_steps, limits)
 
 
 class Output(flux_dev.Output):

@@ -12,6 +12,7 @@ from schemas.fields import (
     ControlNetPath,
     EndpointInput,
     File,
+    ImageSize,
     ImageUrl,
     InputPart,
     LoraWeight,
@@ -19,6 +20,7 @@ from schemas.fields import (
     Prompt,
     Seed,
     Variant,
+    check_work,
 )
 from schemas.settings import Limits
 
@@ -211,6 +213,10 @@ class Input(EndpointInput):
     def check(self, limits: Limits) -> None:
         if faults := [*self._faults()]:
             raise InputError(faults)
+
+    def check_work(self, size: ImageSize, limits: Limits) -> None:
+        steps = len(self.timesteps.given) or len(self.sigmas.given) or self.num_inference_steps
+        check_work(size, self.num_images, steps, limits)
 
     def _faults(self) -> Iterator[FieldError]:
         body: Location = ("body",)

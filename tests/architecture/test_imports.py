@@ -1,6 +1,7 @@
 """Who may import whom, without cycles, and where endpoint ids may stand."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,34 @@ def top_imports(path: Path) -> list[str]:
     return found
 
 
+DECODER = "deployments.pictures.child"
+
+
+def test_t15_strangers_pictures_are_opened_in_the_decoders_process_only() -> None:
+    openers = set()
+    for name, path in MODULES.items():
+        names = {
+            alias.asname or alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and inside(node.module or "", "PIL.Image", "PIL.ImageFile")
+            for alias in node.names
+        }
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        opened = any(
+            (isinstance(call, ast.Attribute) and ast.unparse(call).endswith(("Image.open", "cv2.imdecode")))
+            or ast.unparse(call).endswith("ImageFile.Parser")
+            for call in calls
+        )
+        if opened or "open" in names or "Parser" in names:
+            openers.add(name)
+    assert openers == {DECODER}
+
+
+def test_t15_the_decoders_process_holds_nothing_of_the_server() -> None:
+    roots = {each.split(".")[0] for each in GRAPH[DECODER]}
+    assert roots - sys.stdlib_module_names == {"PIL"}
+
+
 def families() -> list[str]:
     return sorted({known.family for known in ENDPOINTS.values()})
 
@@ -140,6 +169,8 @@ def test_the_engine_knows_no_family() -> None:
         "typing",
         "abc",
         "dataclasses",
+        "gc",
+        "schemas.errors",
     )
     for name, used in GRAPH.items():
         if inside(name, "pipelines.engine"):

@@ -5,7 +5,6 @@ import multiprocessing
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from multiprocessing.connection import Connection as Pipe
-from typing import Any
 
 import pytest
 from sqlalchemy import Connection, insert, select
@@ -19,9 +18,8 @@ from deployments.queue.tables import events, requests
 from schemas.errors import QueueFull, StoreDown
 from schemas.jobs import JobResult, Logged, Once, State
 from schemas.settings import LeaseSettings
+from tests.support.databases import LIMIT_S, grouped, note, noted
 from tests.support.jobs import make_job
-
-LIMIT_S = 30.0
 
 
 @pytest.fixture
@@ -29,15 +27,6 @@ async def database(queue_url: str) -> AsyncIterator[Database]:
     database = open_database(queue_url)
     yield database
     await database.close()
-
-
-def note(name: str) -> Any:
-    row = {"request_id": name, "kind": "state", "at": 1.0, "payload": None}
-    return lambda connection: connection.execute(insert(events), row)
-
-
-def noted(connection: Connection) -> list[str]:
-    return list(connection.scalars(select(events.c.request_id).order_by(events.c.seq)))
 
 
 async def test_every_kind_of_value_comes_back_as_it_was(queue: Queue) -> None:
@@ -122,33 +111,6 @@ async def test_what_fails_in_a_group_fails_alone(database: Database) -> None:
     assert [type(each) for each in (error, refusal)] == [QueueFull, IntegrityError]
     assert not any(isinstance(each, Exception) for each in (first, second, third))
     assert await database.read(noted) == ["1", "2", "3"]
-
-
-class grouped:
-    """Holds the writer up, so that what is written meanwhile shares a group."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._began, self._gate = threading.Event(), threading.Event()
-        self._tasks: list[asyncio.Task[Any]] = []
-
-    async def __aenter__(self) -> Any:
-        def holds(connection: Connection) -> None:
-            self._began.set()
-            assert self._gate.wait(LIMIT_S)
-
-        self._holder = asyncio.create_task(self._database.write(holds))
-        await asyncio.to_thread(self._began.wait)
-        return self._write
-
-    def _write(self, *operations: Any) -> Any:
-        self._tasks = [asyncio.create_task(self._database.write(each)) for each in operations]
-        return lambda: asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.sleep(0)  # each task has put its operation in line
-        self._gate.set()
-        await self._holder
 
 
 async def test_claims_of_two_dispatchers_never_overlap(queue: Queue, queue_url: str) -> None:

@@ -1,6 +1,7 @@
 """The dispatcher over a real queue, with a model that does as it is told."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipelines.registry import endpoint
 from schemas.errors import InternalError, NotReady, StoreDown, WorkerLost
 from schemas.jobs import CancelOutcome, Job, JobResult, Logged, Priority, State
 from schemas.settings import Catalogue, LeaseSettings
-from tests.support.jobs import ENDPOINT, Clock, ScriptedModel, make_job
+from tests.support.jobs import ENDPOINT, OUTPUT, Clock, ScriptedModel, make_job
 
 LEASE = LeaseSettings()
 STYLED = "fal-ai/flux-lora/image-to-image"
@@ -412,6 +413,39 @@ async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
     await asyncio.wait_for(model.stopped.wait(), 10)
 
 
+async def test_a_worker_that_falls_silent_is_taken_for_lost(
+    queue: Queue, model: ScriptedModel, clock: Clock, make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.dispatcher.SILENCE_S", 0.2)
+    await make_dispatcher(LeaseSettings(lease_s=0.2, heartbeat_s=0.05))
+    job = make_job()
+    await queue.submit(job)
+    for _ in range(2):
+        await asyncio.wait_for(model.spoke.acquire(), 10)  # and then nothing more
+        await asyncio.wait_for(model.stopped.wait(), 10)
+        model.stopped.clear()
+        clock.now += 20  # the backoff
+        queue.wake()
+    model.open.set()
+    assert (await end_past_backoffs(queue, job, clock)).status == 200
+
+
+async def test_a_worker_that_has_not_begun_may_be_silent(
+    queue: Queue, model: ScriptedModel, make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that Serve is still starting."""
+    monkeypatch.setattr("deployments.dispatcher.SILENCE_S", 0.2)
+    await make_dispatcher(LeaseSettings(lease_s=0.2, heartbeat_s=0.05))
+    model.events = ()
+    job = make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(model.spoke.acquire(), 10)
+    await asyncio.sleep(0.5)
+    model.open.set()
+    assert (await end(queue, job)).status == 200
+    assert len(model.order) == 1
+
+
 async def test_a_job_that_began_in_time_may_run_for_longer(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
 ) -> None:
@@ -433,3 +467,43 @@ async def test_what_is_not_to_be_retried_ends_with_its_first_worker(
     result = await end(queue, job)
     assert (result.status, result.error_type) == (503, "runner_disconnected")
     assert len(model.order) == 1
+
+
+class Ends(logging.Handler):
+    """What the log says of requests that have ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if fields := record.__dict__.get("fields"):
+            self.told.put_nowait(fields)
+
+
+async def test_t22_a_request_that_ended_has_one_line_in_the_log(
+    queue: Queue, model: ScriptedModel, make_dispatcher: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "deployments.dispatcher")
+    log, ends = logging.getLogger("deployments.dispatcher"), Ends()
+    log.addHandler(ends)
+    dispatcher = await make_dispatcher()
+    model.open.set()
+    for job, failure, end_of_it in (
+        (make_job(tenant="alice"), None, (200, None)),
+        (make_job(tenant="bob", retries=False), WorkerLost("gone"), (503, "runner_disconnected")),
+        (make_job(tenant="carol", endpoint_id=STYLED), InternalError("bad"), None),
+    ):
+        model.failures = [failure] if isinstance(failure, WorkerLost) else []
+        model.outcome = lambda job, failure=failure: (  # type: ignore[misc]
+            JobResult.failure(failure) if failure else JobResult.success(OUTPUT, 0.5)
+        )
+        await queue.submit(job)
+        told = await asyncio.wait_for(ends.told.get(), 20)
+        assert (told["request_id"], told["endpoint"]) == (job.request_id, job.endpoint_id)
+        assert (told["tenant"], told["model"], told["attempts"]) == (job.tenant, "flux", 1)
+        assert (told["status"], told["error_type"]) == (end_of_it or (500, "internal_server_error"))
+        assert told["queue_s"] >= 0
+    await dispatcher.close()
+    log.removeHandler(ends)
+    assert ends.told.empty()

@@ -7,18 +7,16 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, text
+from sqlalchemy import Connection, text
 
-from deployments.queue import Queue, open_database, open_queue
+from deployments.queue import Queue, open_database, open_queue, postgres
 from deployments.queue.postgres import PostgresDatabase
-from deployments.queue.tables import events
 from schemas.errors import StoreDown
 from schemas.jobs import State
 from schemas.settings import LeaseSettings
+from tests.support.databases import LIMIT_S, grouped, note, noted
 from tests.support.jobs import make_job
 from tests.support.postgres import PostgresServer, postgres_at_work
-
-LIMIT_S = 60.0
 
 
 @pytest.fixture
@@ -37,15 +35,6 @@ def own_server() -> Iterator[PostgresServer]:
 
 def shown(*names: str) -> Any:
     return lambda connection: [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
-
-
-def note(name: str) -> Any:
-    row = {"request_id": name, "kind": "state", "at": 1.0, "payload": None}
-    return lambda connection: connection.execute(insert(events), row)
-
-
-def noted(connection: Connection) -> list[str]:
-    return list(connection.scalars(select(events.c.request_id).order_by(events.c.seq)))
 
 
 def own_pid(connection: Connection) -> int:
@@ -127,8 +116,10 @@ async def test_a_commit_whose_answer_is_lost_is_not_repeated(database: PostgresD
         )
         note("unknown")(connection)
 
-    with pytest.raises(StoreDown):
-        await asyncio.wait_for(database.write(dies_at_its_commit), LIMIT_S)
+    async with grouped(database) as group:
+        outcomes = group(dies_at_its_commit, note("unknown as well"))
+    for outcome in await asyncio.wait_for(outcomes(), LIMIT_S):
+        assert isinstance(outcome, StoreDown)
     assert len(runs) == 1
     assert await database.read(noted) == []
 
@@ -159,6 +150,40 @@ async def test_a_deadlock_runs_again(database: PostgresDatabase, postgres_url: s
     assert len(runs) == 2
     assert await database.read(noted) == ["done"]
     await other.close()
+
+
+async def test_another_writer_that_does_not_end_is_a_store_that_is_down_not_a_hang(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = PostgresDatabase(postgres_url)
+    monkeypatch.setattr(
+        postgres, "SESSION", postgres.SESSION.replace("lock_timeout = '15s'", "lock_timeout = 50")
+    )
+    database = PostgresDatabase(postgres_url)
+    assert await database.read(shown("lock_timeout")) == ["50ms"]
+    async with grouped(holder):
+        with pytest.raises(StoreDown):
+            await asyncio.wait_for(database.write(note("in vain")), LIMIT_S)
+    await database.write(note("kept"))
+    assert await database.read(noted) == ["kept"]
+    for each in (holder, database):
+        await each.close()
+
+
+async def test_a_writer_that_stands_still_loses_its_transaction(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process was stopped, or its network went: the others go on."""
+    monkeypatch.setattr(postgres, "SESSION", postgres.SESSION.replace("timeout = '10s'", "timeout = 50"))
+    frozen = PostgresDatabase(postgres_url)
+    assert await frozen.write(shown("idle_in_transaction_session_timeout")) == ["50ms"]
+    monkeypatch.undo()
+    database = PostgresDatabase(postgres_url)
+    async with grouped(frozen):
+        await asyncio.wait_for(database.write(note("kept")), LIMIT_S)
+    assert await database.read(noted) == ["kept"]
+    for each in (frozen, database):
+        await each.close()
 
 
 @pytest.mark.parametrize("immediately", [False, True], ids=["in order", "as in a crash"])

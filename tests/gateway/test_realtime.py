@@ -58,12 +58,14 @@ async def receive(socket: ClientConnection) -> Any:
 @pytest.mark.parametrize("path", ["/rest/tokens", "/rest/tokens/"])
 async def test_the_clients_get_the_bare_token(path: str, alice: httpx.AsyncClient) -> None:
     answer = await alice.post(path, json={"allowed_apps": ["flux"], "token_expiration": 120})
-    assert Keys(parse(ALICE)).holder(answer.json(), f"{ENDPOINT}/realtime") == "alice"
+    actor = await Keys(parse(ALICE)).actor([], token=answer.json(), path=f"{ENDPOINT}/realtime")
+    assert actor.tenant == "alice"
 
 
 async def test_the_newer_form_wraps_it(alice: httpx.AsyncClient) -> None:
     answer = await alice.post("/rest/tokens/realtime", json={"allowed_apps": [APP], "duration": 60})
-    assert Keys(parse(ALICE)).holder(answer.json()["token"], f"{ENDPOINT}/realtime") == "alice"
+    actor = await Keys(parse(ALICE)).actor([], token=answer.json()["token"], path=f"{ENDPOINT}/realtime")
+    assert actor.tenant == "alice"
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,20 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from deployments.dispatcher import Dispatcher
 from deployments.files.store import FileStore, open_files
 from deployments.gateway import http
 from deployments.gateway.gateway import Gateway
-from deployments.gateway.keys import Keys, parse
-from deployments.queue import Queue, open_queue
+from deployments.gateway.keys import LOOK_S, Keys, parse
+from deployments.gateway.throttle import Throttle
+from deployments.queue import Audit, KeyTable, Queue, open_audit, open_keys, open_queue
 from pipelines import registry
 from schemas.jobs import Job, JobResult
 from schemas.settings import Catalogue, FrontSettings
@@ -34,6 +37,9 @@ class Place:
     files: FileStore
     queue: Queue
     model: ScriptedModel
+    table: KeyTable  # what it says is known at the next call
+    audit: Audit
+    app: ASGIApp
 
 
 @asynccontextmanager
@@ -50,10 +56,15 @@ async def gateway_at_work(folder: Path, *, keys: str = "", **settings: Any) -> A
     gateway = Gateway(queue, files, front)
     gateway.configure(catalogue)
     await dispatcher.configure(catalogue)
-    async with _listening(http.build(gateway, Keys(parse(keys)), _always, lambda: {"keys": []})) as url:
-        yield Place(url, gateway, files, queue, model)
+    table, audit = open_keys(queue_url), open_audit(queue_url)
+    throttle, ticks = Throttle(front.bad_keys_per_minute), count(0, LOOK_S).__next__
+    known = Keys(parse(keys), table=table, throttle=throttle, ticks=ticks)
+    app = http.build(gateway, known, _always, lambda: {"keys": []})
+    async with _listening(app) as url:
+        yield Place(url, gateway, files, queue, model, table, audit, app)
     await dispatcher.close()
-    await queue.close()
+    for each in (queue, table, audit):
+        await each.close()
 
 
 async def _drawing(files: FileStore) -> Any:
@@ -85,9 +96,11 @@ async def _drawing(files: FileStore) -> Any:
 
 @asynccontextmanager
 async def _listening(app: Any) -> AsyncIterator[str]:
-    config = uvicorn.Config(app, lifespan="off", log_config=None, ws="websockets-sansio")
+    config = uvicorn.Config(app, lifespan="off", log_config=None, ws="websockets-sansio", proxy_headers=False)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # Of a socket that does not say TCP asyncio sends no small answers at once: 40 ms each.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

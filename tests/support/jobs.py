@@ -40,6 +40,7 @@ class ScriptedModel:
 
     open: asyncio.Event = field(default_factory=asyncio.Event)
     began: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    spoke: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))  # it told its events
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     events: tuple[JobEvent, ...] = (Logged("step 1/2"), Logged("step 2/2"))
     outcome: Callable[[Job], JobResult] = lambda job: JobResult.success(OUTPUT, 0.5)
@@ -64,6 +65,7 @@ class ScriptedModel:
                 raise self.failures.pop(0)
             for event in self.events:
                 yield Update((event,))
+            self.spoke.release()
             await self.open.wait()
             yield Update((), self.outcome(job))
         except (asyncio.CancelledError, GeneratorExit):

@@ -68,7 +68,9 @@ def test_processes_that_begin_at_once_share_one_key(tmp_path: Path, clock: Clock
         assert len(set(threads.map(lambda ring: tuple(listed(ring)), rings))) == 1
 
 
-def test_a_new_key_is_published_before_it_signs_and_the_old_one_after(keyring: Keyring, clock: Clock) -> None:
+def test_t24_a_new_key_is_published_before_it_signs_and_the_old_one_after(
+    keyring: Keyring, clock: Clock
+) -> None:
     [old] = listed(keyring)
     assert keyring.rotate() == clock.now + OVERLAP_S + 1
     assert listed(keyring)[0] == signer(keyring) == old

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ async def test_a_receiver_that_is_gone_hears_no_more(
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_a_redirect_is_a_failure_and_not_followed(
+async def test_t06_a_redirect_is_a_failure_and_not_followed(
     queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, status: int
 ) -> None:
     receiver.statuses["/moved"] = [status]
@@ -263,7 +263,7 @@ async def test_a_slow_host_holds_nobody_else_up(
 
 
 @pytest.mark.parametrize("networks", [(), ("10.0.0.0/8",)])
-async def test_what_the_settings_forbid_is_not_reached_whatever_it_is_called(
+async def test_t07_what_the_settings_forbid_is_not_reached_whatever_it_is_called(
     queue: Queue,
     outbox: Outbox,
     make_sender: Make,
@@ -280,13 +280,17 @@ async def test_what_the_settings_forbid_is_not_reached_whatever_it_is_called(
         assert await outcomes(outbox, job) == [Outcome(None, UNREACHABLE, 0.0)]
 
 
-async def test_closed_and_forbidden_look_the_same(
+async def test_t25_closed_and_forbidden_look_the_same(
     queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver
 ) -> None:
     closed = await owe(queue, "http://127.0.0.1:1/")
     forbidden = await owe(queue, "http://inside.example:1/")
     await send(sender)
     assert await outcomes(outbox, closed) == await outcomes(outbox, forbidden)
+
+
+def test_t25_nothing_that_a_receiver_says_is_kept_but_its_status() -> None:
+    assert {each.name for each in fields(Outcome)} == {"status", "error", "duration_s"}
 
 
 async def test_what_a_closing_sender_had_under_way_is_sent_by_the_next(
@@ -332,7 +336,7 @@ async def test_a_database_that_fails_for_a_while_costs_time_only(
     assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
 
 
-async def test_nothing_secret_is_logged(
+async def test_t23_nothing_secret_is_logged(
     queue: Queue,
     outbox: Outbox,
     sender: Sender,

@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import io
+import os
+import signal
 import tarfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -22,7 +24,7 @@ from deployments.affinity import Tier
 from deployments.files.store import FileStore, open_files
 from deployments.worker import Worker
 from pipelines import zoo
-from pipelines.base import Assets, Outcome
+from pipelines.base import Assets, Glimpse, Outcome
 from pipelines.registry import ENDPOINTS, endpoint
 from pipelines.sd import loading
 from schemas.assets import Asset, AssetKind, weights
@@ -33,6 +35,7 @@ from schemas.errors import AssetError, InputError, RequestFailed
 from schemas.jobs import Job, JobResult, Logged, Previewed, Update
 from schemas.settings import BaseSettings, FetchSettings, Limits, ModelSettings, WeightSettings
 from tests.support.fields import TestT, shows
+from tests.support.hostile_pictures import REFUSED, many_scans
 from tests.support.hub import Hub, serving
 from tests.support.jobs import ENDPOINT, make_job
 
@@ -426,7 +429,8 @@ async def test_what_cannot_be_held_is_told_of_its_field(
 @pytest.fixture
 def outcome_of(make_worker: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[Outcome]]:
     """What a pipeline is given to answer with; it has traced two pictures."""
-    traced = [("0_0001", Image.new("RGB", (8, 6), "red")), ("0_0002", Image.new("RGB", (8, 6), "white"))]
+    colours = {"0_0001": "red", "0_0002": "white"}
+    traced = [Glimpse(0, name, Image.new("RGB", (8, 6), colour)) for name, colour in colours.items()]
 
     async def outcome_of(settings: dict[str, Any], **fields: Any) -> Outcome:
         worker = make_worker(**settings)
@@ -575,6 +579,61 @@ async def test_a_picture_that_is_none_is_refused_with_fals_word_for_it(
     refused = await remake(image_url=image_url)
     [fault] = refused.body["detail"]
     assert (fault["loc"], fault["type"]) == (["body", "image_url"], kind)
+
+
+# row 15 of the threat model: a picture made to harm costs nobody else anything
+@pytest.mark.parametrize(
+    "name", ["PNG of 50,000 x 50,000", "PNG with a note of 100 MB", "JPEG of markers only"]
+)
+async def test_t15_a_hostile_picture_fails_its_request_and_no_other(
+    remake: Callable[..., Any], name: str
+) -> None:
+    harm = f"data:image/png;base64,{base64.b64encode(REFUSED[name]()).decode()}"
+    refused, fine = await asyncio.gather(remake(image_url=harm), remake())
+    [fault] = refused.body["detail"]
+    assert refused.status == 422 and fault["loc"] == ["body", "image_url"]
+    assert fine.status == 200 and (await remake()).status == 200
+
+
+async def test_t15_a_picture_that_ends_its_process_is_a_422_of_its_field(
+    make_worker: Make, files: FileStore
+) -> None:
+    worker = make_worker(endpoints=(REMAKE,))
+    key = await files.save(many_scans(2000), "image/jpeg")
+    job = make_job(
+        endpoint_id=REMAKE,
+        input={"prompt": "x", "image_url": f"http://box/files/{key}", "num_inference_steps": 1},
+        base_url="http://box",
+    )
+    waiting = asyncio.create_task(updates(worker, job))
+    [pid] = worker._decoders.pids()
+    ticks = 0
+    while ticks < 20:  # it has begun
+        await asyncio.sleep(0.01)
+        ticks = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+    os.kill(pid, signal.SIGKILL)
+    *_, last = await waiting
+    assert last.result is not None and last.result.status == 422
+    [fault] = last.result.body["detail"]
+    assert (fault["loc"], fault["type"]) == (["body", "image_url"], "image_load_error")
+    worker.check_health()
+    again = make_job(
+        endpoint_id=REMAKE,
+        input={"prompt": "x", "image_url": data_uri((64, 48)), "num_inference_steps": 1, "sync_mode": True},
+    )
+    *_, last = await updates(worker, again)
+    assert last.result is not None and last.result.status == 200
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (15, 17)])
+async def test_t15_a_tiny_or_thin_picture_is_remade_or_refused(
+    remake: Callable[..., Any], size: tuple[int, int]
+) -> None:
+    told = await remake(image_url=data_uri(size), strength=0.9)
+    assert told.status in (200, 422), told.body
+    if told.status == 422:
+        assert told.body["detail"][0]["loc"] in (["body", "image_url"], ["body", "image_size"])
+    assert (await remake()).status == 200
 
 
 Fetch = Callable[[dict[str, Any]], Awaitable[Assets]]

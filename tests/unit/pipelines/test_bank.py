@@ -314,3 +314,48 @@ def test_a_convolution_gets_what_one_with_its_settings_adds(options: dict[str, A
 
     torch.testing.assert_close(ours[0], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[1], plain[1])
+
+
+def test_t30_an_adapter_that_overflows_leaves_the_other_rows_as_they_are() -> None:
+    net = make_net()
+    bank = make_bank(net)
+    x = torch.randn(2, 20, 6)
+    plain = net(x)
+    loud = Lora(
+        {name: LoraLayer(layer.down * 1e38, layer.up, None) for name, layer in make_lora(1).layers.items()}
+    )
+    bank.hold({"loud": loud})
+    with bank.rows([[LoraUse("loud")], []]):
+        mixed = net(x * 100)
+    assert not mixed[0].isfinite().all()
+    torch.testing.assert_close(mixed[1], net(x * 100)[1])
+    assert plain.isfinite().all()
+
+
+def test_t30_values_that_the_dtype_cannot_hold_are_refused_and_leave_nothing_behind() -> None:
+    net = make_net().half()
+    bank = make_bank(net)
+    huge = Lora({"a": LoraLayer(torch.full((3, 6), 1e5), torch.ones(8, 3), None)})
+    with pytest.raises(AssetError, match="beyond 65504"):
+        bank.hold({"good": make_lora(1), "huge": huge})
+    assert (bank.names, bank.pins) == ([], 0)
+
+
+def test_t29_an_adapter_for_which_there_is_no_memory_is_not_taken_for_resident(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = make_net()
+    bank, lora = make_bank(net), make_lora(1)
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            bank.hold({"x": lora})
+    assert (bank.names, bank.pins) == ([], 0)
+    bank.hold({"x": lora})
+    x = torch.randn(1, 20, 6)
+    with bank.rows([[LoraUse("x")]]):
+        torch.testing.assert_close(net(x), merged(net, [(lora, LoraUse("x"))])(x))

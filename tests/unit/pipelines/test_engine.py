@@ -10,6 +10,7 @@ from torch import Tensor
 from pipelines.engine.batcher import choose
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Advanced, Plan, Sample
+from schemas.errors import OutOfMemory
 from tests.support.engine import Ears, run_to_end, turn
 
 
@@ -136,6 +137,62 @@ def test_a_plan_that_fails_fails_alone_and_no_row_is_stepped_twice() -> None:
     assert isinstance(ears.ends["bad"], ValueError)
     assert ears.ends["good"] is None
     assert good.latents.item() == 3
+
+
+def out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_t29_a_batch_too_large_for_memory_goes_through_in_smaller_ones() -> None:
+    class Small(Model):
+        def __call__(self, samples: Sequence[Sample]) -> list[Tensor]:
+            found = super().__call__(samples)
+            if len(samples) > 2:
+                raise out_of_memory()
+            return found
+
+    model = Small()
+    samples = [sample(str(i), 2) for i in range(8)]
+    ears = run_to_end(Engine(model, budget=100), samples)
+    assert ears.ends == {str(i): None for i in range(8)}
+    assert [each.latents.item() for each in samples] == [2] * 8
+    sizes = [len(batch) for batch in model.batches]
+    assert sizes[:7] == [8, 4, 2, 2, 4, 2, 2]
+    assert max(sizes[7:]) <= 3  # it has learnt: a turn costs no more than a try and its halves
+    assert len(sizes) <= 7 + 2 * 8
+
+
+def test_t29_after_a_time_batches_grow_again() -> None:
+    crowded = iter([True])
+
+    class Crowded(Model):
+        def __call__(self, samples: Sequence[Sample]) -> list[Tensor]:
+            found = super().__call__(samples)
+            if next(crowded, False):
+                raise out_of_memory()
+            return found
+
+    model = Crowded()
+    run_to_end(Engine(model, budget=8), [sample(str(i), 40) for i in range(8)])
+    sizes = [len(batch) for batch in model.batches]
+    assert sizes[:4] == [8, 4, 4, 4]
+    assert 8 in sizes[4:]
+
+
+@pytest.mark.parametrize("form", [torch.OutOfMemoryError, MemoryError])
+def test_t29_a_row_that_does_not_fit_alone_fails_alone_after_a_second_try(form: type[Exception]) -> None:
+    class Strained(Model):
+        def __call__(self, samples: Sequence[Sample]) -> list[Tensor]:
+            found = super().__call__(samples)
+            if any(each.name == "big" and each.step == 1 for each in samples):
+                raise form("no room")
+            return found
+
+    model = Strained()
+    ears = run_to_end(Engine(model, budget=8), [*(sample(str(i)) for i in range(7)), sample("big")])
+    assert isinstance(ears.ends.pop("big"), OutOfMemory)
+    assert ears.ends == {str(i): None for i in range(7)}
+    assert model.batches.count(["big"]) == 2
 
 
 class Bell(Ears):

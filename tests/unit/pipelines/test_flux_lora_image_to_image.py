@@ -129,8 +129,8 @@ def test_the_size_is_the_one_asked_for_or_the_start_pictures(
 
 def test_a_start_picture_beyond_the_limit_is_scaled_down_in_proportion(remake: Pipeline) -> None:
     huge = Image.new("RGB", (8000, 4000))
-    grid = remake._grid(None, huge)
-    assert grid.width * grid.height <= remake.model.max_pixels
+    grid = remake._grid(request(), None, huge)
+    assert grid.width * grid.height <= remake.model.limits.max_pixels
     assert abs(grid.width / grid.height - 2) < 0.02
 
 

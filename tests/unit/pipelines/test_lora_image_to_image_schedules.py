@@ -318,7 +318,10 @@ def test_the_way_is_kept_step_by_step_and_tile_by_tile(wide: Studio, name: str) 
     generation = wide.prepare(**fields, debug_latents=True, debug_per_pass_latents=True)
     [latents] = wide.finish(generation)
     same(latents, plain)
-    traces = {field: dict(each) for field, each in wide.pipe.traces(generation).items()}
+    traces = {
+        field: {glimpse.name: glimpse.picture for glimpse in trace}
+        for field, trace in wide.pipe.traces(generation).items()
+    }
     assert list(traces["debug_latents"]) == [f"{i:04}_{k:04}" for i in range(2) for k in range(3)]
     assert list(traces["debug_per_pass_latents"]) == [
         f"{i:04}_{k:04}_{t:04}" for i in range(2) for k in range(3) for t in range(3)
@@ -342,8 +345,8 @@ def test_of_a_single_tile_each_pass_is_the_step(studio: Studio) -> None:
     generation = studio.prepare(debug_latents=True, debug_per_pass_latents=True, scheduler="DPM++ 2M SDE")
     studio.finish(generation)
     steps, passes = (list(trace) for trace in studio.pipe.traces(generation).values())
-    assert [name for name, _ in passes] == [f"{name}_0000" for name, _ in steps]
-    assert [each.tobytes() for _, each in passes] == [each.tobytes() for _, each in steps]
+    assert [each.name for each in passes] == [f"{each.name}_0000" for each in steps]
+    assert [each.picture.tobytes() for each in passes] == [each.picture.tobytes() for each in steps]
 
 
 def test_the_answer_leads_to_what_was_kept(studio: Studio) -> None:
