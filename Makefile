@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo serve test fuzz faults check bench lock audit sbom clean
+.PHONY: demo serve test fuzz coverage faults check bench lock audit sbom clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -25,10 +25,21 @@ test: .venv/.dev
 faults: .venv/.dev
 	DARKROOM_FAULTS=5 $(BIN)/python -m pytest tests/faults
 
-# What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says.
+# What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says, and the queue, for a twentieth as many
+# sequences of its verbs.
 fuzz: export DARKROOM_FUZZ ?= 20000
 fuzz: .venv/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz tests/contract/test_queue_machine.py
+
+# What guards, keeps and loads (the list is in pyproject.toml), run by its tests line by line: all of it, or fail.
+COVERING := tests/contract tests/gateway tests/fuzz tests/unit/deployments tests/unit/schemas \
+	tests/unit/pipelines/test_tensor_file.py tests/unit/pipelines/test_hostile_weights.py
+
+coverage: .venv/.dev
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n auto --dist worksteal $(COVERING)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -527,6 +527,15 @@ async def test_erasing_leaves_that_there_was_a_request_and_no_more(queue: Queue)
     assert await queue.events(job.request_id) == []
 
 
+async def test_nothing_is_erased_while_it_is_owed_or_under_way(queue: Queue) -> None:
+    job = make_job(webhook_url="https://there.example/hook")
+    await queue.submit(job)
+    for why in ("in progress", "still being delivered"):
+        with pytest.raises(BadRequest, match=why):
+            await queue.erase(job.request_id, job.tenant)
+        await queue.cancel(job.request_id, job.tenant)
+
+
 async def test_what_is_not_to_be_kept_is_erased_once_nobody_needs_it(queue: Queue, clock: Clock) -> None:
     kept, unkept = make_job(), make_job(stores_io=False)
     owing = make_job(stores_io=False, webhook_url="https://there.example/hook")

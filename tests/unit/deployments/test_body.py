@@ -27,6 +27,9 @@ from schemas.errors import BodyTooLarge, InputError
         (b'{"a": "\\u0000"}', ["body", "a"], "string_unicode"),
         (b'{"a": "\\ud800"}', ["body", "a"], "string_unicode"),  # half a surrogate pair
         (b'{"\\ud800": 1}', ["body", "\ud800"], "string_unicode"),
+        (b'{"a": [' + b"1," * 5000 + b"1]}", ["body", "a"], "too_long"),
+        (b'{"a": [' + b",".join([b"[" + b",".join([b"1"] * 4000) + b"]"] * 70) + b"]}", ["body"], "too_long"),
+        (b"," * 2_000_001, ["body"], "too_long"),
         (b"[]", ["body"], "dict_type"),
         (b"null", ["body"], "dict_type"),
         (b'"text"', ["body"], "dict_type"),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from deployments.webhooks.keyring import Keyring, open_keyring
 from tests.support.jobs import Clock
@@ -123,6 +125,10 @@ def test_what_is_no_such_key_is_named(keyring: Keyring, tmp_path: Path) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "0.pem").write_text("nonsense")
     with pytest.raises(ValueError):
+        keyring.jwks()
+    other = X25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "keys" / "0.pem").write_bytes(other)
+    with pytest.raises(ValueError, match="no Ed25519 key"):
         keyring.jwks()
     with pytest.raises(ValueError, match="file://"):
         open_keyring("s3://keys", 1)

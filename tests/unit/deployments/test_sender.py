@@ -16,7 +16,7 @@ from deployments.files.guard import IPAddress
 from deployments.queue import Outbox, Queue, open_database
 from deployments.webhooks import sender as sender_module
 from deployments.webhooks.keyring import Keyring
-from deployments.webhooks.sender import BROKEN, INTERRUPTED, SILENT, UNREACHABLE, Sender
+from deployments.webhooks.sender import ANSWER_BYTES, BROKEN, FAILED, INTERRUPTED, SILENT, UNREACHABLE, Sender
 from schemas.deliveries import DeliveryRecord, DeliveryState, Outcome, Try
 from schemas.errors import StoreDown
 from schemas.jobs import Job, JobResult
@@ -235,6 +235,46 @@ async def test_a_receiver_that_hangs_up_has_not_taken_it(
     await send(sender)
     assert await outcomes(outbox, job) == [Outcome(None, BROKEN, 0.0)]
     assert (await found(outbox, job))[0].state == DeliveryState.DUE
+
+
+async def test_a_receiver_that_speaks_for_too_long_has_been_told(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver
+) -> None:
+    receiver.answers["/"] = b"x" * 100 * ANSWER_BYTES
+    job = await owe(queue, f"{receiver.url}/")
+    await send(sender)
+    assert await outcomes(outbox, job) == [Outcome(200, None, 0.0)]
+    assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
+
+
+async def test_a_fault_of_ours_is_a_try_that_failed(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "0.pem").write_text("nonsense")  # nothing can be signed
+    job = await owe(queue, receiver.url)
+    await send(sender)
+    assert not receiver.all()
+    assert await outcomes(outbox, job) == [Outcome(None, FAILED, 0.0)]
+    assert (await found(outbox, job))[0].state == DeliveryState.DUE
+
+
+async def test_the_loop_outlives_an_outbox_that_could_not_be_read(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due_hosts, failures = outbox.due_hosts, [StoreDown("full"), StoreDown("full")]
+
+    async def failing() -> list[str]:
+        if failures:
+            raise failures.pop()
+        return await due_hosts()
+
+    monkeypatch.setattr(outbox, "due_hosts", failing)
+    monkeypatch.setattr(sender_module, "IDLE_S", 0.0)
+    job = await owe(queue, receiver.url)
+    sender.start()
+    await asyncio.wait_for(until_delivered(outbox, job), LIMIT_S)
+    assert not failures and sender.is_alive
 
 
 async def test_a_receiver_that_is_silent_is_left_in_time(

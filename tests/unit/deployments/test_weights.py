@@ -1,11 +1,13 @@
 """Adapter weights: how they are named, fetched once, kept, and let go."""
 
 import asyncio
+import fcntl
 import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -619,3 +621,26 @@ async def test_a_clock_set_back_only_asks_again(
     monkeypatch.setattr(time, "time", lambda: past)
     assert await read(weights, f"{hub.url}/x") == safetensors(1)
     assert hub.statuses == {200: 1, 304: 1}
+
+
+async def test_what_another_process_evicts_before_it_is_pinned_is_fetched_again(
+    place: Place, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files["/style"] = data = safetensors(10)
+    lock, lost = module._lock, []
+
+    def evicted_once(file: BinaryIO, kind: int) -> bool:
+        """Between the opening and the lock, of a file and of a download."""
+        if kind not in lost:
+            lost.append(kind)
+            Path(file.name).unlink()
+        return lock(file, kind)
+
+    monkeypatch.setattr(module, "_lock", evicted_once)
+    assert await read(place.open(), f"{hub.url}/style") == data
+    assert sorted(lost) == [fcntl.LOCK_SH, fcntl.LOCK_EX]
+
+
+def test_what_another_process_has_evicted_is_gone_and_not_damaged(tmp_path: Path) -> None:
+    assert module._evict(tmp_path / "gone.safetensors")
+    assert module._is_whole(tmp_path / "gone.safetensors")
