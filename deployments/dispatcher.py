@@ -252,10 +252,15 @@ class Dispatcher:
     async def _follow(self, claim: Claim, hear: Callable[[Update], None]) -> None:
         """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
+        is_timed = claim.start_deadline is not None
         async with contextlib.aclosing(handle.generate(claim.job)) as updates:
             async for update in updates:
                 hear(update)
                 crash.point("dispatcher.heard")
+                if is_timed and update.has_begun:
+                    if not await _insist(partial(self._queue.begin, claim)):
+                        return  # someone else has it
+                    is_timed = False
                 if not await _insist(partial(self._write, claim, update)):
                     return  # someone else has it
                 if update.result is not None:

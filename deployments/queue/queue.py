@@ -339,6 +339,17 @@ class Queue:
         crash.point("heartbeat.stored")
         return held
 
+    async def begin(self, claim: Claim) -> bool:
+        """A worker has begun: the start deadline is met, also for later starts. False when the claim is lost."""
+
+        def operation(connection: Connection) -> bool:
+            if held(connection, claim) is None:
+                return False
+            change(connection, claim.job.request_id, start_deadline=None)
+            return True
+
+        return await self._write(operation)
+
     async def record(self, claim: Claim, news: Sequence[JobEvent]) -> bool:
         """Store events of a running job. False, and nothing stored, when the claim is lost."""
         now = self._clock()

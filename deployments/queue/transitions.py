@@ -70,8 +70,6 @@ def put_back(
             crashes=crashes,
             attempts=attempts,
             not_before=now + backoff_s if backoff_s else 0.0,
-            # one that began did so in time
-            start_deadline=row["start_deadline"] if setback is Setback.UNSTARTED else None,
             lease_owner=None,
             lease_until=None,
         )

@@ -141,7 +141,7 @@ async def _long_ago(one: Front, place: Place) -> None:
 
 
 def _behind(one: Front, seconds: float) -> TellingQueue:
-    return TellingQueue(one.history, one.database, LEASE, lambda: time.time() - seconds)
+    return TellingQueue(one.history, one.database, LEASE, clock=lambda: time.time() - seconds)
 
 
 async def _afterwards(one: Front, place: Place) -> None:
