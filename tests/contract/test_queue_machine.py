@@ -281,7 +281,7 @@ class QueueMachine(RuleBasedStateMachine):
             request.lease_until = self.now + model.LEASE_S
 
     @rule(claim=claims)
-    def begin(self, claim: Claim) -> None:
+    def set_to_work(self, claim: Claim) -> None:
         request = self._held(claim)
         assert self.run(self.queue.begin(claim)) == (request is not None)
         if request is not None:
