@@ -340,7 +340,7 @@ class Queue:
         return held
 
     async def begin(self, claim: Claim) -> bool:
-        """A worker has begun: the start deadline is met, for later starts too. False when the claim is lost."""
+        """A worker has begun, so the start deadline is met for good. False when the claim is lost."""
 
         def operation(connection: Connection) -> bool:
             if held(connection, claim) is None:
