@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
-from hypothesis import given
+from hypothesis import example, given
 
 from tests.gateway.conftest import ALICE
 from tests.support.fuzzing import fuzzed, mutants
@@ -30,6 +30,7 @@ def http(place: Place) -> Iterator[httpx.Client]:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_form_does_any_harm(http: httpx.Client) -> None:
     @fuzzed
+    @example(b"")
     @given(mutants("multipart"))
     def check(body: bytes) -> None:
         kind = "multipart/form-data; boundary=b"

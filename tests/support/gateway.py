@@ -101,6 +101,7 @@ async def _listening(app: Any) -> AsyncIterator[str]:
     # Of a socket that does not say TCP asyncio sends no small answers at once: 40 ms each.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # whoever connects before the server accepts waits
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
