@@ -365,9 +365,25 @@ async def test_a_job_that_no_worker_took_keeps_its_start_deadline(queue: Queue, 
 async def test_a_job_that_started_in_time_may_be_tried_again_later(queue: Queue, clock: Clock) -> None:
     job = make_job(start_timeout_s=5.0)
     await queue.submit(job)
-    await queue.release(await only_claim(queue), Setback.CRASHED)
+    held = await only_claim(queue)
+    assert await queue.begin(held)
+    await queue.release(held, Setback.CRASHED)
+    assert not await queue.begin(held)
     clock.now += 60
     assert (await only_claim(queue)).job == job
+
+
+@pytest.mark.parametrize("setback", list(Setback))
+async def test_a_job_that_never_began_keeps_its_start_deadline(
+    queue: Queue, clock: Clock, setback: Setback
+) -> None:
+    job = make_job(start_timeout_s=5.0)
+    await queue.submit(job)
+    await queue.release(await only_claim(queue), setback)
+    clock.now += 60
+    assert await claim(queue) == []
+    assert await queue.sweep() == 1
+    assert (await result(queue, job)).error_type == "request_timeout"
 
 
 async def test_a_webhook_is_owed_in_the_transaction_that_ends_the_job(queue: Queue) -> None:
