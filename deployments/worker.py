@@ -58,8 +58,6 @@ logger = logging.getLogger(__name__)
 UPDATE_S = 0.05  # events of so long travel together
 PREVIEW_S = 0.5  # the shortest time between two previews of a job
 RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
-USUAL_S = 5.0  # that a request takes, before one did
-NEWS = 0.2  # what the last request counts in the mean of their seconds
 PREFETCHES = 2  # files fetched ahead at once
 
 _Fetched = Picture | Path | bytes | AssetError
@@ -83,7 +81,6 @@ class Worker:
         self._prefetches: set[asyncio.Task[None]] = set()
         self._pipelines, model = _load(settings)
         self._holdings = Holdings(model)
-        self.seconds = USUAL_S
         self._exit = Exit(_load_safety_checker(settings), settings.safety)
         self._decoders = Decoders(settings.picture_decoders)
         # as many as there are jobs: one that waits for room there must not stop another
@@ -217,7 +214,6 @@ class Worker:
         if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
         timings = watch.timings()
-        self.seconds += NEWS * (timings["inference"] - self.seconds)
         outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
         output = pipeline.answer(request, outcome)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
