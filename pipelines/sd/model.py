@@ -15,12 +15,14 @@ from pipelines.adapters.cache import Cache
 from pipelines.adapters.lora import Lora
 from pipelines.adapters.residents import Residents, Wanted
 from pipelines.base import Model
+from pipelines.encodings import Encodings
 from pipelines.engine.sample import Sample
 from pipelines.faces import FaceAnalyser
 from pipelines.sd import image_encoder, loading
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.checkpoints import LIMITS
 from pipelines.sd.expand import Expander
+from pipelines.sd.text import Encoding
 from schemas.settings import ModelSettings
 
 
@@ -47,7 +49,8 @@ class SdModel(Model):
         self._settings = settings
         self._source = source
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._loras: Cache[Lora] = Cache(settings.lora_ram_bytes)
+        self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
+        self._encodings: Encodings[Encoding] = Encodings(settings)
         self._faces = cache(partial(FaceAnalyser.load, device=settings.device))
         own = self._wanted(str(source), source)
         self.base = own.load()
@@ -119,6 +122,6 @@ class SdModel(Model):
 
         def load() -> Base:
             parts = blueprint().load(settings.device)
-            return Base(name, parts, settings.lora_rank, settings.batch_tokens)
+            return Base(name, parts, self._encodings, settings.lora_rank, settings.batch_tokens)
 
         return Wanted(lambda: blueprint().nbytes, load)
