@@ -32,6 +32,7 @@ from deployments.pictures.decoders import Decoders
 from deployments.progress import Progress
 from pipelines import images, registry, zoo
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
+from pipelines.decoding import Decoding
 from pipelines.engine.engine import Engine
 from pipelines.engine.memory import with_room
 from pipelines.exit import Encoded, Exit, Finished
@@ -85,6 +86,7 @@ class Worker:
         self._holdings = Holdings(model)
         self.seconds = USUAL_S
         self._exit = Exit(_load_safety_checker(settings), settings.safety)
+        self._decodings = Decoding()
         self._decoders = Decoders(settings.picture_decoders)
         # as many as there are jobs: one that waits for room there must not stop another
         self._loading = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="load")
@@ -208,9 +210,7 @@ class Worker:
                 await self._denoise(job, pipeline, request, generation, emit)
                 watch.lap("denoise")
             # what is held stays: the decoder may be part of it
-            finished = await self._off_loop(
-                self._decoding, with_room, self._exit.finished, pipeline, generation
-            )
+            finished = await self._finish(pipeline, generation)
         pictures = [await self._store(job, generation, each) for each in finished.pictures]
         traces = {field: await self._store_trace(job, field, tar) for field, tar in finished.traces.items()}
         watch.lap("decode")
@@ -322,6 +322,20 @@ class Worker:
         pictures = tuple(_inline(each) for each in shown.pictures)
         output = pipeline.answer(request, Outcome(pictures, generation.seed, shown.flags, {}))
         return Previewed(output.model_dump(mode="json"))
+
+    async def _finish(self, pipeline: AnyPipeline, generation: Generation) -> Finished:
+        """Off the loop, with whatever else waits for the decoder by then."""
+        waiting = self._decodings.add(pipeline, generation)
+
+        def finish() -> Finished:
+            pixels = self._decodings.pixels(waiting)
+            return with_room(self._exit.finished, pipeline, generation, pixels)
+
+        try:
+            finished: Finished = await self._off_loop(self._decoding, finish)
+            return finished
+        finally:
+            self._decodings.drop(waiting)
 
     async def _store(self, job: Job, generation: Generation, encoded: Encoded) -> PictureFile:
         if generation.inline:

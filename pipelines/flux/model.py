@@ -30,7 +30,7 @@ from pipelines.flux.sampling import Grid, Shift, Spacing, pack, schedule, unpack
 from pipelines.flux.transformer import AdaptedTransformer
 from pipelines.images import fill, to_tensor
 from pipelines.preprocess import DepthEstimator
-from pipelines.vae import decode, encode
+from pipelines.vae import decode, decode_together, encode
 from schemas.errors import AssetError
 from schemas.settings import ModelSettings
 
@@ -212,6 +212,12 @@ class FluxModel(Model):
         return self._decode(unpack(latents, grid))
 
     @torch.inference_mode()
+    def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
+        scaled = [self._scaled(unpack(each.latents, plan_of(each).grid)) for each in samples]
+        pixels = decode_together(self._parts.vae, scaled)
+        return {samples[place]: each for place, each in pixels.items()}
+
+    @torch.inference_mode()
     def decode_small(self, latents: Tensor, grid: Grid) -> Tensor:
         """As `decode`, shrunk to at most 256 pixels a side before the VAE sees it."""
         shrink = min(1.0, PREVIEW_TOKENS / max(grid.rows, grid.columns))
@@ -220,9 +226,13 @@ class FluxModel(Model):
         return self._decode(small)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        vae = self._parts.vae
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return decode(vae, scaled)
+        return decode(self._parts.vae, self._scaled(latents))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """As the VAE has them."""
+        config = self._parts.vae.config
+        scaled: Tensor = latents / config.scaling_factor + config.shift_factor
+        return scaled
 
 
 def _lacking(what: str, setting: str) -> AssetError:

@@ -119,6 +119,13 @@ class Base:
         """Latents [4, rows, columns] → pixels [3, height, width] in about [-1, 1], float32."""
         return vae.decode(self._parts.vae, latents / self._parts.vae.config.scaling_factor)
 
+    @torch.inference_mode()
+    def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
+        """As Model.decode_together, for samples that all ran on this base."""
+        scale: float = self._parts.vae.config.scaling_factor
+        pixels = vae.decode_together(self._parts.vae, [each.latents / scale for each in samples])
+        return {samples[place]: each for place, each in pixels.items()}
+
     def decode_small(self, latents: Tensor) -> Tensor:
         """As `decode`, shrunk to at most 256 pixels a side before the VAE sees it."""
         rows, columns = latents.shape[1:]

@@ -1,6 +1,6 @@
 """Stable Diffusion's resident weights: base models, and what stands beside them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
@@ -109,6 +109,12 @@ class SdModel(Model):
     def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
         base: Base = plan_of(samples[0]).base  # part of the samples' key
         return base.predict(samples)
+
+    def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
+        by_base: dict[Base, list[Sample]] = {}
+        for sample in samples:
+            by_base.setdefault(plan_of(sample).base, []).append(sample)
+        return {s: each for base, own in by_base.items() for s, each in base.decode_together(own).items()}
 
     def _located(self, path: Path) -> Path | str:
         """The settings' own model is called by its source there, wherever it lies."""
