@@ -211,12 +211,14 @@ class Worker:
                 watch.lap("denoise")
             # what is held stays: the decoder may be part of it
             finished = await self._finish(pipeline, generation)
+            watch.lap("decode")
         pictures = [await self._store(job, generation, each) for each in finished.pictures]
         traces = {field: await self._store_trace(job, field, tar) for field, tar in finished.traces.items()}
-        watch.lap("decode")
+        watch.lap("upload")
         if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
-        timings = watch.timings()
+        timings = watch.timings() | _pace(generation, watch)
+        logger.info("request %s in %s: %s", job.request_id, self._settings.dtype, timings)
         self.seconds += NEWS * (timings["inference"] - self.seconds)
         outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
         output = pipeline.answer(request, outcome)
@@ -430,8 +432,21 @@ class _Stopwatch:
         self._laps[stage] = round(now - self._last, 4)
         self._last = now
 
+    def seconds(self, stage: str) -> float:
+        return self._laps[stage]
+
     def timings(self) -> dict[str, float]:
         return {"inference": round(self._last - self._start, 4), **self._laps}
+
+
+def _pace(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
+    """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps."""
+    steps = [sample.step for sample in generation.samples]
+    if not any(steps):
+        return {}
+    rows = sum(sample.company for sample in generation.samples) / sum(steps)
+    pace = max(steps) / max(watch.seconds("denoise"), 1e-4)
+    return {"steps_per_second": round(pace, 2), "rows": round(rows, 2)}
 
 
 def _inline(encoded: Encoded) -> PictureFile:

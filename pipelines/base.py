@@ -97,7 +97,7 @@ class Outcome:
     pictures: tuple[PictureFile, ...]
     seed: int
     flags: tuple[bool, ...]  # marks pictures found unsafe
-    timings: Mapping[str, float]  # seconds
+    timings: Mapping[str, float]  # seconds by stage, `steps_per_second`, `rows`
     traces: Mapping[str, File] = field(default_factory=dict)  # tars of what `Pipeline.traces` names
 
     @property
