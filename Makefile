@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo serve test fuzz check bench clean
+.PHONY: demo serve test fuzz coverage check bench lock audit sbom clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -21,10 +21,21 @@ test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(SERVERS))
 	$(BIN)/python -m pytest --reruns 1 $(SERVERS)
 
-# What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says.
+# What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says, and the queue, for a twentieth as many
+# sequences of its verbs.
 fuzz: export DARKROOM_FUZZ ?= 20000
 fuzz: .venv/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz tests/contract/test_queue_machine.py
+
+# What guards, keeps and loads (the list is in pyproject.toml), run by its tests line by line: all of it, or fail.
+COVERING := tests/contract tests/gateway tests/fuzz tests/unit/deployments tests/unit/schemas \
+	tests/unit/pipelines/test_tensor_file.py tests/unit/pipelines/test_hostile_weights.py
+
+coverage: .venv/.dev
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n auto --dist worksteal $(COVERING)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -34,6 +45,23 @@ check: .venv/.dev
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks
+
+# What a server needs, every file by its hash: `pip install --require-hashes -r requirements.lock`, after a torch of
+# your choice. torch and what comes with it are not in it: its index decides CPU or CUDA.
+OF_TORCH := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti \
+	cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+
+lock: .venv/.tools
+	.venv/tools/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		$(addprefix --no-emit-package ,$(OF_TORCH)) --extra worker --extra demo -c constraints.txt \
+		--output-file requirements.lock pyproject.toml
+
+audit: .venv/.tools
+	.venv/tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+
+sbom: .venv/.tools .venv/.worker
+	@mkdir -p out
+	.venv/tools/bin/cyclonedx-py environment --output-file out/sbom.json .venv/bin/python
 
 clean:
 	rm -rf .venv out
@@ -55,6 +83,11 @@ clean:
 .venv/.dev: .venv/.worker
 	@echo "installing the test tools"
 	$(PIP) --editable '.[worker,demo,dev]'
+	@touch $@
+
+.venv/.tools: | .venv/.python
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 	@touch $@
 
 .venv/.bench: .venv/.dev

@@ -52,11 +52,14 @@ def timed(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def serving(folder: Path, **model: Any) -> Iterator[Server]:
-    """A server on the shipped configuration, one torch thread, its data in a folder below `folder`."""
+def serving(folder: Path, front: dict[str, Any] | None = None, **model: Any) -> Iterator[Server]:
+    """A server on the shipped configuration, one torch thread, its data in a folder below `folder`.
+
+    `front` and `model` change their settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix="server-", ignore_cleanup_errors=True) as data:
-        server = start(write_config(Path(data), model={"cpu_threads": 1} | model))
+        server = start(write_config(Path(data), model={"cpu_threads": 1} | model, front=front or {}))
         try:
             yield server
         finally:

@@ -22,6 +22,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments import logs
 from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
@@ -128,7 +129,8 @@ class _GatewayReplica:
         keyring = open_keyring(webhooks.keys, webhooks.key_overlap_s)
         table = open_keys(self._settings.queue_url)
         throttle = Throttle(self._settings.bad_keys_per_minute)
-        known = keys.Keys(self._digests, table=table, throttle=throttle)
+        secret = await asyncio.to_thread(self._opened().files.place.secret)
+        known = keys.Keys(self._digests, table=table, throttle=throttle, secret=secret)
         await known.refresh()
         if not known.are_required:
             logger.warning(
@@ -152,7 +154,7 @@ class _GatewayReplica:
 
     def _opened(self) -> Gateway:
         if self._gateway is None:
-            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep_results_s)
+            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep)
             files = open_files(self._settings.files_url)
             self._gateway = Gateway(queue, files, self._settings)
         return self._gateway
@@ -174,7 +176,7 @@ class _DispatcherReplica:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         if self._dispatcher is None:
-            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep_results_s)
+            queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep)
             self._dispatcher = Dispatcher(queue, self._settings.lease, _ServeModels().connect, _input_type)
             self._sender = _open_sender(self._settings)
             self._sender.start()
@@ -246,6 +248,7 @@ def _join_logs() -> None:
     for room in ("deployments", "pipelines"):
         logging.getLogger(room).parent = logger
         logging.getLogger(room).setLevel(logging.INFO)
+    logs.install(logger)
 
 
 def _open_sender(settings: FrontSettings) -> Sender:

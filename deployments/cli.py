@@ -36,7 +36,7 @@ from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
 from schemas.access import Allowance
 from schemas.deliveries import DeliveryState
-from schemas.errors import StoreDown
+from schemas.errors import Erased, StoreDown
 from schemas.jobs import Priority
 from schemas.settings import FrontSettings
 
@@ -82,6 +82,7 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(exists=True, help="its key in PEM")] = None,
     tls_port: Annotated[int, typer.Option(min=1, max=65535)] = 8443,
     verbose: Annotated[bool, typer.Option(help="show the logs of all processes")] = False,
+    json_logs: Annotated[bool, typer.Option(help="log files of one JSON object a line")] = False,
 ) -> None:
     """Run the server in the foreground until Ctrl-C."""
     if (tls_cert is None) != (tls_key is None):
@@ -92,6 +93,8 @@ def serve(
         is_closed = bool(keys.parse(os.environ[KEYS_ENV])) or bool(_in_queue(config, open_keys, KeyTable.all))
         settings = server.load_config(config, host, port)
         url = server.address(settings)
+    if json_logs:
+        settings["logging_config"] = {**(settings.get("logging_config") or {}), "encoding": "JSON"}
     if not is_closed:
         errors.print(
             f"[bold red]AUTHENTICATION IS OFF[/]: `darkroom keys create`, {KEYS_ENV} or --key turns it on."
@@ -276,7 +279,7 @@ def create_key(
     max_queued: Annotated[int | None, typer.Option(min=1, help="of its tenant's requests that wait")] = None,
     max_running: Annotated[
         int | None,
-        typer.Option(min=1, help="unfinished requests of its tenant, beyond which runs are refused"),
+        typer.Option(min=1, help="of its tenant's requests at once; queued ones wait, runs are refused"),
     ] = None,
     daily_requests: Annotated[int | None, typer.Option(min=1, help="requests accepted in a day, UTC")] = None,
     config: Config = CONFIG,
@@ -465,6 +468,7 @@ def _explained() -> Iterator[None]:
         yield
     except (
         Refused,
+        Erased,
         StoreDown,
         RuntimeError,
         ValueError,

@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
+from deployments import logs
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
 from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
@@ -238,10 +239,12 @@ class Dispatcher:
             else:
                 raise
             logger.warning("request %s: %s", claim.job.request_id, late.message)
-            await _insist(partial(self._queue.finish, claim, JobResult.failure(late)))
+            if await _insist(partial(self._queue.finish, claim, JobResult.failure(late))):
+                await self._report(claim.job)
 
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
-        await _insist(partial(self._queue.release, claim, setback, delay_s))
+        if await _insist(partial(self._queue.release, claim, setback, delay_s)):
+            await self._report(claim.job)
 
     async def _follow(self, claim: Claim, hear: Callable[[Update], None]) -> None:
         """Write down what the worker says until it gives the result."""
@@ -259,7 +262,18 @@ class Dispatcher:
         """Keep an update. False when the claim is lost."""
         if update.result is None:
             return not update.events or await self._queue.record(claim, update.events)
-        return await self._queue.finish(claim, update.result, update.events)
+        is_kept = await self._queue.finish(claim, update.result, update.events)
+        if is_kept:
+            await self._report(claim.job)
+        return is_kept
+
+    async def _report(self, job: Job) -> None:
+        """One log line for a request that has ended, as the queue knows it."""
+        with contextlib.suppress(StoreDown):
+            record = await self._queue.get(job.request_id, job.tenant)
+            if record is not None and record.result is not None:
+                told = logs.outcome(record, record.result)
+                logger.info("request ended: %s", logs.words(told), extra={"fields": told})
 
     async def _renew(self) -> None:
         """Renew the leases; stop what was lost."""

@@ -37,6 +37,7 @@ DEFAULT_ENVIRONMENT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.gateway.edge:middlewares",
+    "RAY_AUTH_MODE": "token",  # Ray runs whatever it is told: only who has the token may tell it
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # uvicorn would take X-Forwarded-For from whatever is on this machine, and Serve's HAProxy, which is,

@@ -23,7 +23,7 @@ class Allowance:
     max_priority: Priority = Priority.NORMAL  # a request that asks for a higher one gets this
     per_minute: int | None = None  # requests accepted; after a pause so many at once
     max_queued: int | None = None  # requests of its tenant that wait
-    max_running: int | None = None  # unfinished requests of its tenant, beyond which no run is taken
+    max_running: int | None = None  # requests of its tenant at once: queued ones wait, no more runs are taken
     daily_requests: int | None = None  # requests accepted in a day, UTC
 
     @property

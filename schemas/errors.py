@@ -23,6 +23,7 @@
     │   └── Cancelled           499
     └── ServerError             ours: 5xx
         ├── StoreDown           503, the queue's database or the file store cannot be reached or written
+        │   └── StoreFull       507, the disk has no room; nothing was kept
         ├── BrokenOff           500, an answer that has begun cannot be finished
         ├── InternalError       500, the model failed on a valid request
         │   ├── OutOfMemory     500, there is not the memory on the device
@@ -315,6 +316,16 @@ class StoreDown(ServerError):
 
     status = 503
     retryable = True
+
+
+class StoreFull(StoreDown):
+    """The disk has no room for what was sent; nothing of it was kept."""
+
+    status = 507
+    error_type = "insufficient_storage"
+
+    def __init__(self, message: str = "The server has no room for more files at this moment.") -> None:
+        super().__init__(message)
 
 
 class WorkerLost(ServerError):

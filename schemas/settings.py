@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_IMAGE_BYTES = 50 * 2**20  # what fal.ai's own toolkit downloads at most
 DAY_S = 86_400.0
-KEEP_RESULTS_S = 30 * DAY_S  # as fal.ai
 
 
 # The methods that fal names, in the files of https://huggingface.co/Xiaojiu-Z/EasyControl
@@ -101,6 +100,18 @@ class WebhookSettings(ReachSettings):
         return self
 
 
+class Retention(Settings):
+    """How long things are kept that nobody deletes."""
+
+    results_s: float = Field(
+        30 * DAY_S,
+        ge=DAY_S,
+        description="a finished request: its input, output, log and webhook; fal.ai keeps them for 30 days",
+    )
+    files_s: int | None = Field(None, gt=0, description="a file whose caller did not say; null: for good")
+    audit_s: float = Field(365 * DAY_S, ge=DAY_S, description="a line of the audit")
+
+
 class OpenAIModel(Settings):
     """What a model's name means at the OpenAI-style paths."""
 
@@ -153,6 +164,9 @@ class FrontSettings(Settings):
         default_factory=dict,
         description="names that /v1/images takes beside endpoint ids: {gpt-image-2: {generations: …}}",
     )
+    min_free_bytes: int = Field(
+        2**28, ge=0, description="of the disk of files_url; below it uploads and submits are refused with 507"
+    )
     body_grace_s: float = Field(30, gt=0, description="how long the server waits for a body to come")
     body_bytes_per_s: float = Field(1024, gt=0, description="and a second more for so many bytes that came")
     realtime_idle_s: float | None = Field(
@@ -161,14 +175,7 @@ class FrontSettings(Settings):
     sweep_s: float = Field(
         600, gt=0, description="how often files whose time is over and uploads that were given up are removed"
     )
-    keep_results_s: float = Field(
-        KEEP_RESULTS_S,
-        ge=DAY_S,
-        description="how long a finished request is known: its input, output, log and webhook",
-    )
-    keep_files_s: int | None = Field(
-        None, gt=0, description="how long a file is kept whose caller did not say; null: for good"
-    )
+    keep: Retention = Retention()
     limits: Limits = Limits()
     lease: LeaseSettings = LeaseSettings()
     webhooks: WebhookSettings = WebhookSettings()

@@ -86,6 +86,9 @@ class Bucket:
             pass
         return bytes(obstore.get(self.objects, "secret").bytes())
 
+    def free_bytes(self) -> None:
+        return None
+
     def attributes(self, told: Mapping[str, str]) -> dict[str, str]:
         return {_KEPT[name]: value for name, value in told.items() if name in _KEPT}
 

@@ -160,7 +160,8 @@ def own_key(source: str, base_url: str) -> str | None:
         url, base = httpx.URL(source), httpx.URL(base_url)
     except (httpx.InvalidURL, ValueError):
         return None
-    if url.scheme not in ("http", "https") or url.userinfo or not url.host or url.host != base.host:
+    host = url.raw_host  # `host` decodes it, and raises for what is no name
+    if url.scheme not in ("http", "https") or url.userinfo or not host or host != base.raw_host:
         return None
     match = _OWN_PATH.fullmatch(url.path) or _OWN_PATH.fullmatch(url.path.removeprefix(base.path.rstrip("/")))
     return match[1] if match else None

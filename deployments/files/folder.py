@@ -28,6 +28,9 @@ class Folder:
     def secret(self) -> bytes:
         return load_secret(self.path / "secret")
 
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.path).free
+
     def attributes(self, told: Mapping[str, str]) -> None:
         """A file system keeps none."""
 

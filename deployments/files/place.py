@@ -34,6 +34,10 @@ class Place(Protocol):
         """Random bytes, for ever the same: whoever comes first draws them."""
         ...
 
+    def free_bytes(self) -> int | None:
+        """The room that is left, where that has an end that can be asked for."""
+        ...
+
     def attributes(self, told: Mapping[str, str]) -> dict[str, str] | None:
         """The headers that are to be kept with an object, if the place keeps any."""
         ...

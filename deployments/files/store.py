@@ -10,6 +10,7 @@ No other name has the form of a key, and only keys can be opened; see `uploads` 
 for what is removed.
 """
 
+import errno
 import mimetypes
 import re
 import secrets
@@ -26,7 +27,7 @@ from deployments.files import shown
 from deployments.files.bucket import Bucket
 from deployments.files.folder import Folder
 from deployments.files.place import Place, Redirect
-from schemas.errors import StoreDown
+from schemas.errors import StoreDown, StoreFull
 from schemas.settings import local_path
 
 KEY_BYTES = 16  # 128 random bits in a name
@@ -34,6 +35,7 @@ MAX_NAME = 80  # characters of a client's file name that stay in a key
 CHUNK_BYTES = 2**18  # what is read at once
 
 Clock = Callable[[], float]
+_NO_ROOM = f"(os error {errno.ENOSPC})"  # in the words of the library's Rust
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,18 @@ class FileStore:
             key = key.replace(".", f"-{expires_at}.")
             await self.let_expire(key, expires_at)
         attributes = self.place.attributes(shown.headers(content_type, None, keep_s))
-        with told():
-            await obstore.put_async(self.objects, key, data, attributes=attributes)
+        try:
+            with told():
+                await obstore.put_async(self.objects, key, data, attributes=attributes)
+        except StoreFull as error:  # it is not what the request asked for that is too much
+            raise StoreDown("The pictures cannot be stored at this moment; try again later.") from error
         return key
+
+    def check_room(self, least_bytes: int) -> None:
+        """Raise StoreFull when less than that is free."""
+        free = self.place.free_bytes()
+        if free is not None and free < least_bytes:
+            raise StoreFull()
 
     async def let_expire(self, key: str, expires_at: float) -> None:
         """Have the sweeper remove a file that is about to be written. Unix seconds."""
@@ -210,6 +221,8 @@ def told() -> Iterator[None]:
     try:
         yield
     except BaseError as error:
+        if _NO_ROOM in str(error):
+            raise StoreFull() from error
         raise StoreDown("The file store cannot be used at this moment; try again.") from error
 
 

@@ -61,14 +61,16 @@ class Pass(BaseModel):
 class Uploads:
     """One per process; processes that share the file store share its uploads."""
 
-    def __init__(self, files: FileStore, max_bytes: int) -> None:
+    def __init__(self, files: FileStore, max_bytes: int, min_free_bytes: int = 0) -> None:
         self._files = files
         self._objects = files.objects
         self._place = files.place
         self._max_bytes = max_bytes
+        self._min_free_bytes = min_free_bytes
 
     async def begin(self, name: str | None, content_type: str, keep_s: int | None) -> Ticket:
-        """Leave to send a file. Nothing is stored yet."""
+        """Leave to send a file. Nothing is stored yet. Raises StoreFull."""
+        self._files.check_room(self._min_free_bytes)
         until = self._files.clock() + TICKET_S
         key = new_key(name, content_type)
         return Ticket(key=key, content_type=content_type, keep_s=keep_s, until=until)
@@ -107,6 +109,7 @@ class Uploads:
 
         Raises BadRequest, BodyTooLarge and StoreDown; then nothing is kept.
         """
+        self._files.check_room(self._min_free_bytes)
         if not 1 <= number <= MAX_PARTS:
             raise BadRequest(f"A part number must be 1 to {MAX_PARTS}.")
         room = self._max_bytes - sum(

@@ -48,7 +48,7 @@ class Weights:
                 return await self._cache.locate(origin, report)
             case Repository() as repository:
                 return await self._locate_in(repository, report)
-            case Path() as path:
+            case path:
                 return Lease(path, lambda: None)
 
     def check_integrity(self) -> list[str]:

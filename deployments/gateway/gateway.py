@@ -82,7 +82,7 @@ class Gateway:
 
     def __init__(self, queue: Queue, files: FileStore, settings: FrontSettings) -> None:
         self.files = files
-        self.uploads = Uploads(files, settings.max_upload_bytes)
+        self.uploads = Uploads(files, settings.max_upload_bytes, settings.min_free_bytes)
         self.settings = settings
         self._queue = queue
         self._receivers = Guard(settings.webhooks)
@@ -125,9 +125,10 @@ class Gateway:
     ) -> Accepted:
         """Accept a request. When this returns it is on disk.
 
-        Raises NotFound, InputError, BadRequest for a webhook to where none may go, and what Queue.submit
-        raises for one request too many.
+        Raises NotFound, InputError, StoreFull, BadRequest for a webhook to where none may go, and what
+        Queue.submit raises for one request too many.
         """
+        self.files.check_room(self.settings.min_free_bytes)
         model = self._model_of(endpoint_id)
         kind = registry.endpoint(endpoint_id).input_type()
         request = validation.validate(kind, fields, self.settings.limits)
@@ -151,7 +152,7 @@ class Gateway:
             retries=wishes.retries,
             stores_io=wishes.stores_io,
             tags=wishes.tags,
-            keep_s=wishes.keep_s or self.settings.keep_files_s,
+            keep_s=wishes.keep_s or self.settings.keep.files_s,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
         if job.priority != wishes.priority:

@@ -37,7 +37,7 @@ async def stored(
                     data = await asyncio.to_thread(
                         decode_data_uri, ref.asset.source, settings.max_image_bytes
                     )
-                    key = await files.save(data, _content_type(data), settings.keep_results_s)
+                    key = await files.save(data, _content_type(data), settings.keep.results_s)
                     urls[ref.asset] = files.url(key, base_url)
                 _replace(document, ref.loc, urls[ref.asset])
             except AssetError as error:

@@ -52,8 +52,9 @@ class Keys:
 
     None at all means that it is open. A revoked key counts: who had keys once is not open again.
 
-    A token is signed with its key's digest: it ends with the key, and every process that knows the keys reads
-    it. `clock` gives seconds since the epoch, `ticks` seconds that only grow.
+    A token is signed with its key's digest, so it ends with the key, and with the server's own `secret`, so
+    the table alone makes none. Every process that knows both reads it. `clock` gives seconds since the epoch,
+    `ticks` seconds that only grow.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Keys:
         table: KeyTable | None = None,
         throttle: Throttle | None = None,
         ticks: Callable[[], float] = time.monotonic,
+        secret: bytes = b"",
     ) -> None:
         self._fixed = {key_id: Key(key_id, key_id, known) for key_id, known in digests.items()}
         self._live = self._fixed
@@ -74,6 +76,7 @@ class Keys:
         self._looking = asyncio.Lock()
         self._ticks = ticks
         self._looked_at = float("-inf")
+        self._secret = secret
 
     @property
     def are_required(self) -> bool:
@@ -170,4 +173,4 @@ class Keys:
 
     def _signer(self, key_id: str) -> Signer:
         key = self._live.get(key_id)
-        return Signer((_NOBODY if key is None else key.digest).encode())
+        return Signer(self._secret + (_NOBODY if key is None else key.digest).encode())

@@ -105,7 +105,8 @@ class _Images:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             fields = body.parse(await body.read(request.stream(), declared, limit))
             return {name: value for name, value in fields.items() if value is not None}
-        if (body.length(declared) or limit + 1) > limit:
+        length = body.length(declared)
+        if length is None or length > limit:
             raise BodyTooLarge(f"A form must say its length, at most {limit} bytes.")
         async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=limit) as form:
             return await _unpacked(form)

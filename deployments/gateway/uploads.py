@@ -74,7 +74,7 @@ class _Uploads:
         self._uploads = gateway.uploads
         self._files = gateway.files
         self._public_url = gateway.settings.public_url
-        self._keep_s = gateway.settings.keep_files_s
+        self._keep_s = gateway.settings.keep.files_s
         self._keys = keys
 
     async def initiate(self, request: Request) -> Response:

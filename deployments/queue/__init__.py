@@ -9,7 +9,7 @@ from deployments.queue.keys import KeyTable
 from deployments.queue.outbox import Outbox
 from deployments.queue.queue import Queue
 from deployments.queue.transitions import Setback
-from schemas.settings import KEEP_RESULTS_S, LeaseSettings, local_path
+from schemas.settings import LeaseSettings, Retention, local_path
 
 __all__ = [
     "Audit",
@@ -26,13 +26,13 @@ __all__ = [
 ]
 
 
-def open_queue(url: str, lease: LeaseSettings, keep_results_s: float = KEEP_RESULTS_S) -> Queue:
+def open_queue(url: str, lease: LeaseSettings, keep: Retention | None = None) -> Queue:
     """Open the queue at `sqlite:///PATH` (the file is made when absent) or `postgresql://USER@HOST/DATABASE`.
 
     Its schema is brought up to date. Needs a running event loop. Raises StoreDown where the server cannot be
     reached, RuntimeError where the schema is newer than this code.
     """
-    return Queue(open_database(url), lease, keep_results_s)
+    return Queue(open_database(url), lease, keep)
 
 
 def open_outbox(url: str, lease_s: float) -> Outbox:

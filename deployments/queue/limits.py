@@ -1,11 +1,12 @@
 """What a key may still submit. It is counted in the transaction of the submit, so that the limits hold over
 every process that takes requests."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
 
-from sqlalchemy import Connection, Select, bindparam, func, select, update
+from sqlalchemy import Connection, RowMapping, Select, bindparam, func, select, update
 
-from deployments.queue.tables import keys, requests
+from deployments.queue.tables import is_running, keys, requests
 from schemas.access import Actor
 from schemas.errors import NotAuthenticated, QueueFull, QuotaSpent, RequestError, TooManyRequests, TooManyRuns
 from schemas.jobs import State
@@ -27,8 +28,32 @@ def _count(*states: State) -> Select[int]:
     return select(func.count()).select_from(some.limit(bindparam("most")).subquery())
 
 
+# How many more requests may run of each tenant that has a key with such a limit; its smallest counts.
+_running = select(func.count()).where(requests.c.tenant == keys.c.tenant, is_running).scalar_subquery()
+ROOMS = (
+    select(keys.c.tenant, (func.min(keys.c.max_running) - _running).label("room"))
+    .where(keys.c.max_running.is_not(None), keys.c.revoked_at.is_(None))
+    .group_by(keys.c.tenant)
+)
+
 QUEUED = _count(State.QUEUED)
 UNFINISHED = _count(State.QUEUED, State.RUNNING)
+
+
+def rooms(connection: Connection) -> dict[str, int]:
+    """Tenant → how many more of its requests may run. Those without a limit are not in it."""
+    return {tenant: room for tenant, room in connection.execute(ROOMS)}
+
+
+def within(found: Iterable[RowMapping], rooms: Mapping[str, int]) -> Iterator[RowMapping]:
+    """The requests that may run now, in their order."""
+    left = dict(rooms)
+    for row in found:
+        tenant = row["tenant"]
+        if left.get(tenant, 1) > 0:
+            yield row
+            if tenant in left:
+                left[tenant] -= 1
 
 
 def admit(connection: Connection, by: Actor, now: float, *, waits: bool) -> RequestError | None:

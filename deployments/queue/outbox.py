@@ -25,6 +25,7 @@ from deployments.queue.database import Database
 from deployments.queue.tables import deliveries, requests, tries
 from schemas.access import Action, Actor
 from schemas.deliveries import Delivery, DeliveryRecord, DeliveryState, Outcome, Try
+from schemas.errors import Erased
 
 _now: BindParameter[float] = bindparam("now")
 _ripe = and_(deliveries.c.state == DeliveryState.DUE, deliveries.c.next_attempt_at <= _now)
@@ -63,7 +64,9 @@ BEGIN_TRY = insert(tries)
 END_TRY = update(tries).where(tries.c.delivery == bindparam("of"), tries.c.attempt == bindparam("number"))
 
 FIND = select(deliveries).where(_of_request)
-TENANT = select(requests.c.tenant).where(requests.c.request_id == bindparam("request_id"))
+REQUEST = select(requests.c.tenant, requests.c.error_type).where(
+    requests.c.request_id == bindparam("request_id")
+)
 LOG = (
     select(tries)
     .join(deliveries, deliveries.c.seq == tries.c.delivery)
@@ -188,7 +191,8 @@ class Outbox:
     async def redeliver(self, request_id: str) -> DeliveryState | None:
         """Send a webhook again, at once and with the whole schedule, unless that is under way.
 
-        Returns the state that it was in, None for one that does not exist.
+        Returns the state that it was in, None for one that does not exist. Raises Erased for a request
+        whose output, which it would tell, has been deleted.
         """
         now = self._clock()
 
@@ -196,11 +200,13 @@ class Outbox:
             row = connection.execute(FIND, {"request_id": request_id}).mappings().first()
             if row is None:
                 return None
+            request = connection.execute(REQUEST, {"request_id": request_id}).one()
+            if request.error_type == Erased.error_type:
+                raise Erased
             if row["state"] != DeliveryState.SENDING:
                 again = {"state": DeliveryState.DUE, "next_attempt_at": now, "retries": 0, "ended_at": None}
                 connection.execute(SET, {"of": row["seq"], **again})
-                tenant = connection.scalar(TENANT, {"request_id": request_id})
-                audit.note(connection, Action.REDELIVER, Actor(str(tenant)), request_id, now)
+                audit.note(connection, Action.REDELIVER, Actor(request.tenant), request_id, now)
             return DeliveryState(row["state"])
 
         return await self._database.write(operation)

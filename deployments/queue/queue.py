@@ -40,13 +40,14 @@ from schemas.jobs import (
     Snapshot,
     State,
 )
-from schemas.settings import KEEP_RESULTS_S, LeaseSettings
+from schemas.settings import LeaseSettings, Retention
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
+MAX_POSITION = 10_000  # positions beyond are told as this: each look would cost more than a start
 LEAD_S = 5.0  # a leader that is not heard of for so long is followed by another
 
 
@@ -66,12 +67,12 @@ class Queue:
         self,
         database: Database,
         lease: LeaseSettings,
-        keep_results_s: float = KEEP_RESULTS_S,
+        keep: Retention | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._lease = lease
-        self._keep_results_s = keep_results_s
+        self._keep = keep or Retention()
         self._clock = clock
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._feed: asyncio.Task[None] | None = None
@@ -118,6 +119,13 @@ class Queue:
             "cancel_requested": False,
         }
 
+        place = {
+            "model": job.model,
+            "priority": job.priority,
+            "tenant": job.tenant,
+            "most": max(MAX_POSITION, (max_ahead or 0) + 1),
+        }
+
         def operation(connection: Connection) -> Receipt | RequestError:
             if once is not None and (known := _submitted(connection, job, once, now)) is not None:
                 return known
@@ -126,12 +134,11 @@ class Queue:
             if once is not None:
                 _remember(connection, job, once, now)
             audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
-            turn = connection.execute(sql.TURN, values).scalar_one()
-            seq = connection.execute(sql.ACCEPT, {**values, "turn": turn}).scalar_one()
-            append(connection, job.request_id, notes, now)
-            position = _position(connection, job.model, job.priority, turn, seq)
+            turn, position = connection.execute(sql.PLACE, place).one()
             if max_ahead is not None and position > max_ahead:
                 raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
+            connection.execute(sql.ACCEPT, {**values, "turn": turn})
+            append(connection, job.request_id, notes, now)
             return Receipt(job.request_id, position)
 
         receipt = await self._write(operation)
@@ -272,13 +279,17 @@ class Queue:
         return await self._database.read(operation)
 
     async def claim(self, model: str, owner: str, limit: int) -> list[Claim]:
-        """Up to `limit` requests of a model, in their order."""
+        """Up to `limit` requests of a model, in their order; of a tenant no more than may run at once."""
 
         def operation(connection: Connection) -> list[Claim]:
             now = self._clock()
-            wanted = {"model": model, "now": now, "limit": limit}
-            found = connection.execute(sql.CLAIMABLE, wanted).mappings().all()
-            return [take(connection, row, owner, now, now + self._lease.lease_s) for row in found]
+            rooms = limits.rooms(connection)
+            full = [tenant for tenant, room in rooms.items() if room <= 0]
+            wanted = {"model": model, "now": now, "limit": limit, "full": full}
+            statement = sql.CLAIMABLE_BESIDE if full else sql.CLAIMABLE
+            found = connection.execute(statement, wanted).mappings().all()
+            until = now + self._lease.lease_s
+            return [take(connection, row, owner, now, until) for row in limits.within(found, rooms)]
 
         return await self._write(operation)
 
@@ -379,7 +390,7 @@ class Queue:
         Returns how many requests changed. Of each kind at most a batch: whoever sweeps again gets the rest.
         """
         now = self._clock()
-        times = upkeep.times(now, self._keep_results_s)
+        times = upkeep.times(now, self._keep)
         if not await self._database.read(lambda connection: connection.scalar(sql.ANY_UPKEEP, times)):
             return 0
         return await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
@@ -426,7 +437,7 @@ def _find(connection: Connection, request_id: str, tenant: str) -> Record | None
         return None
     position = None
     if row["state"] == State.QUEUED:
-        position = _position_of(connection, row)
+        position = _position(connection, row)
     return rows.record(row, position)
 
 
@@ -442,7 +453,7 @@ def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Rece
         if row["once_fingerprint"] != once.fingerprint:
             raise KeyReused("This Idempotency-Key was used for another input; take a new one.")
         is_queued = row["state"] == State.QUEUED
-        position = _position_of(connection, row) if is_queued else 0
+        position = _position(connection, row) if is_queued else 0
         return Receipt(row["request_id"], position, replayed=True)
     return None
 
@@ -455,14 +466,10 @@ def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
     connection.execute(sql.REMEMBER_KEY, place | new)
 
 
-def _position_of(connection: Connection, row: RowMapping) -> int:
-    return _position(connection, row["model"], row["priority"], row["turn"], row["seq"])
-
-
-def _position(connection: Connection, model: str, priority: int, turn: int, seq: int) -> int:
-    """How many queued requests of the model run before this one."""
-    place = {"model": model, "priority": priority, "turn": turn, "seq": seq}
-    return int(connection.execute(sql.POSITION, place).scalar_one())
+def _position(connection: Connection, row: RowMapping) -> int:
+    """How many queued requests of the model run before this one, up to MAX_POSITION."""
+    wanted = {name: row[name] for name in ("model", "priority", "turn", "seq")}
+    return int(connection.execute(sql.POSITION, {**wanted, "most": MAX_POSITION}).scalar_one())
 
 
 def _has_work(connection: Connection, model: str, now: float) -> bool:

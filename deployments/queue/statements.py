@@ -2,6 +2,8 @@
 
 from sqlalchemy import (
     BindParameter,
+    ColumnElement,
+    ScalarSelect,
     and_,
     bindparam,
     delete,
@@ -17,6 +19,7 @@ from sqlalchemy import (
 
 from deployments.queue.rows import STATE_CHANGE
 from deployments.queue.tables import (
+    audit,
     deliveries,
     events,
     is_completed,
@@ -43,9 +46,27 @@ _after_own = select((func.max(requests.c.turn) + 1).label("turn")).where(
 )
 _served_now = select(func.min(requests.c.turn).label("turn")).where(_of_priority)
 _turns = union_all(_after_own, _served_now).subquery()
-TURN = select(func.coalesce(func.max(_turns.c.turn), 0))
+_own = select(func.coalesce(func.max(_turns.c.turn), 0).label("turn")).cte("own")
 
-ACCEPT = insert(requests).returning(requests.c.seq)
+_higher = select(requests.c.seq).where(_of_model, requests.c.priority < bindparam("priority"))
+
+
+def _up_to_most(earlier: ColumnElement[bool]) -> ScalarSelect[int]:
+    """How many queued requests of the model run earlier, up to a number: two ranges of one index."""
+    same = select(requests.c.seq).where(_of_priority, earlier)
+    counted = union_all(_higher, same).limit(bindparam("most")).subquery()
+    return select(func.count()).select_from(counted).scalar_subquery()
+
+
+# The turn of a request that comes now, and its position.
+_own_turn = select(_own.c.turn).scalar_subquery()
+PLACE = select(_own.c.turn, _up_to_most(requests.c.turn <= _own_turn).label("position"))
+
+ACCEPT = insert(requests)
+
+# The position of one that is queued.
+_place = tuple_(bindparam("turn"), bindparam("seq"))
+POSITION = select(_up_to_most(tuple_(requests.c.turn, requests.c.seq) < _place))
 
 FIND = select(requests).where(
     requests.c.request_id == bindparam("request_id"), requests.c.tenant == bindparam("tenant")
@@ -63,15 +84,6 @@ HELD = (
 # Change the columns that are given beside `of`.
 SET = update(requests).where(requests.c.request_id == bindparam("of"))
 
-_count = select(func.count()).select_from(requests)
-_higher = _count.where(_of_model, requests.c.priority < bindparam("priority"))
-_earlier = _count.where(
-    _of_priority, tuple_(requests.c.turn, requests.c.seq) < tuple_(bindparam("turn"), bindparam("seq"))
-)
-
-# How many queued requests of the model run before this one: two ranges of one index.
-POSITION = select(_higher.scalar_subquery() + _earlier.scalar_subquery())
-
 # The next requests of a model: the head of one index.
 _may_start = and_(
     requests.c.not_before <= _now,
@@ -84,6 +96,7 @@ UPCOMING = (
     .limit(bindparam("limit"))
 )
 CLAIMABLE = UPCOMING.with_for_update(skip_locked=True)
+CLAIMABLE_BESIDE = CLAIMABLE.where(requests.c.tenant.not_in(bindparam("full", expanding=True)))
 ANY_CLAIMABLE = select(requests.c.seq).where(_of_model, _may_start).limit(1)
 
 RENEW = (
@@ -124,6 +137,9 @@ _unkept = and_(is_unkept, requests.c.finished_at <= bindparam("unkept_before"), 
 UNKEPT = select(requests.c.request_id).where(_unkept).limit(bindparam("limit"))
 _outlived = and_(is_completed, requests.c.finished_at <= bindparam("finished_before"), ~_owes)
 OUTLIVED = select(requests.c.request_id).where(_outlived).limit(bindparam("limit"))
+_oldest_audited = select(audit.c.seq, audit.c.at).order_by(audit.c.seq).limit(bindparam("limit")).subquery()
+OLD_AUDIT = select(_oldest_audited.c.seq).where(_oldest_audited.c.at <= bindparam("audited_before"))
+FORGET_AUDIT = delete(audit).where(audit.c.seq.in_(OLD_AUDIT))
 _old_key = once.c.at < bindparam("keys_before")
 
 ANY_UPKEEP = select(
@@ -133,6 +149,7 @@ ANY_UPKEEP = select(
         exists().where(_unkept),
         exists().where(_outlived),
         exists().where(_old_key),
+        OLD_AUDIT.exists(),
     )
 )
 

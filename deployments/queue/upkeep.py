@@ -7,19 +7,20 @@ from deployments.queue import statements as sql
 from deployments.queue.transitions import Setback, complete, erase, forget, put_back
 from schemas.errors import StartTimeout
 from schemas.jobs import JobResult
-from schemas.settings import LeaseSettings
+from schemas.settings import LeaseSettings, Retention
 
 KEY_S = 24 * 3600.0  # how long the key of a submit is remembered
 UNKEPT_S = 3600.0  # how long what is not to be kept can be fetched
 BATCH = 200  # of each kind in one transaction
 
 
-def times(now: float, keep_results_s: float) -> dict[str, float]:
+def times(now: float, keep: Retention) -> dict[str, float]:
     """The parameters of the statements below."""
     return {
         "now": now,
         "unkept_before": now - UNKEPT_S,
-        "finished_before": now - keep_results_s,
+        "finished_before": now - keep.results_s,
+        "audited_before": now - keep.audit_s,
         "keys_before": now - KEY_S,
         "limit": BATCH,
     }
@@ -41,4 +42,5 @@ def sweep(connection: Connection, lease: LeaseSettings, times: dict[str, float])
     if outlived:
         forget(connection, outlived)
     connection.execute(sql.FORGET_OLD_KEYS, times)
+    connection.execute(sql.FORGET_AUDIT, times)
     return len(lapsed) + len(overdue) + len(unkept) + len(outlived)

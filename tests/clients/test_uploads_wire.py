@@ -202,7 +202,7 @@ def test_a_file_that_is_announced_too_large_is_refused_before_it_comes(
     assert "request_too_large" in answer
 
 
-def test_a_file_that_turns_out_too_large_is_refused(alice: httpx.Client) -> None:
+def test_t19_a_file_that_turns_out_too_large_is_refused(alice: httpx.Client) -> None:
     urls = initiate(alice)
 
     def chunks() -> Iterator[bytes]:
@@ -330,7 +330,7 @@ def test_a_file_is_no_longer_than_it_says(begun: httpx.URL) -> None:
         f"content-length: {'9' * 100}",
     ],
 )
-def test_a_length_that_is_none_is_refused(headers: str, begun: httpx.URL, server: Server) -> None:
+def test_t21_a_length_that_is_none_is_refused(headers: str, begun: httpx.URL, server: Server) -> None:
     with sending(begun, headers) as sender:
         sender.sendall(b"x")
         status = int(sender.recv(65_536).split(b" ")[1])
@@ -341,7 +341,9 @@ def test_a_length_that_is_none_is_refused(headers: str, begun: httpx.URL, server
 @pytest.mark.parametrize(
     ("headers", "piece"), [("content-length: 100", b"x"), ("transfer-encoding: chunked", b"1\r\nx\r\n")]
 )
-def test_a_body_that_drips_is_given_up(headers: str, piece: bytes, begun: httpx.URL, server: Server) -> None:
+def test_t18_a_body_that_drips_is_given_up(
+    headers: str, piece: bytes, begun: httpx.URL, server: Server
+) -> None:
     with sending(begun, headers) as sender:
         dripping = threading.Event()
 
@@ -496,7 +498,9 @@ def test_what_does_not_exist_is_refused(method: str, path: str, status: int, ali
         ("model/gltf-binary", "cat.glb", "attachment"),
     ],
 )
-def test_a_file_is_shown_but_never_run(kind: str, name: str, disposition: str, alice: httpx.Client) -> None:
+def test_t26_a_file_is_shown_but_never_run(
+    kind: str, name: str, disposition: str, alice: httpx.Client
+) -> None:
     data = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
     answer = httpx.get(upload(alice, data, kind, name))
     assert answer.content == data
@@ -511,7 +515,7 @@ def test_a_file_is_shown_but_never_run(kind: str, name: str, disposition: str, a
     "kind",
     ["", "png", "image/", "/png", "a/b/c", "image/png\r\nx: y", "image/png\0", "ä/b", "x" * 300 + "/y"],
 )
-def test_what_is_no_content_type_is_refused(kind: str, alice: httpx.Client) -> None:
+def test_t20_what_is_no_content_type_is_refused(kind: str, alice: httpx.Client) -> None:
     answer = alice.post(INITIATE, json={"content_type": kind, "file_name": "a"})
     assert answer.status_code in (400, 422)
     assert answer.json()["message"]
@@ -520,7 +524,7 @@ def test_what_is_no_content_type_is_refused(kind: str, alice: httpx.Client) -> N
 @pytest.mark.parametrize(
     "name", ["a\r\nset-cookie: b", '";x', "../../etc/passwd", "x" * 9_999, "\u202egnp.exe"]
 )
-def test_a_name_does_not_escape(name: str, alice: httpx.Client) -> None:
+def test_t11_a_name_does_not_escape(name: str, alice: httpx.Client) -> None:
     answer = httpx.get(upload(alice, b"x", name=name))
     assert answer.status_code == 200
     assert "set-cookie" not in answer.headers

@@ -154,7 +154,7 @@ def test_a_receiver_that_was_down_hears_later_and_the_operator_sees_every_try(
     assert is_genuine(again, keys_at(server.url), time.time())
 
 
-def test_a_forged_or_replayed_webhook_does_not_verify(
+def test_t24_a_forged_or_replayed_webhook_does_not_verify(
     alice: httpx.Client, server: Server, receiver: Receiver
 ) -> None:
     alice.post(asking(receiver.url), json=SMALL).raise_for_status()
@@ -176,7 +176,7 @@ def test_a_slow_receiver_holds_up_nobody_else(alice: httpx.Client, receiver: Rec
 
 
 @pytest.mark.parametrize("url", FORBIDDEN)
-def test_a_forbidden_address_is_refused_at_submit(alice: httpx.Client, url: str) -> None:
+def test_t05_a_forbidden_address_is_refused_at_submit(alice: httpx.Client, url: str) -> None:
     answer = alice.post(asking(url), json=SMALL)
     assert answer.status_code == 400
     text = "fal_webhook: The address may not be reached."

@@ -717,7 +717,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("path", [f"/run/{ENDPOINT}", f"/queue/{ENDPOINT}", f"/run/{ENDPOINT}/stream"])
 @pytest.mark.parametrize(("body", "status"), BROKEN, ids=[body[:24].decode("latin-1") for body, _ in BROKEN])
-def test_a_broken_body_is_refused_in_fal_s_shape(
+def test_t33_a_broken_body_is_refused_in_fal_s_shape(
     body: bytes, status: int, path: str, alice: httpx.Client
 ) -> None:
     answer = alice.post(path, content=body, headers=JSON)
@@ -741,7 +741,7 @@ def test_a_query_is_held_to_the_same_rules_as_a_body(alice: httpx.Client) -> Non
     assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["body", "prompt"])
 
 
-def test_a_body_of_unknown_length_is_bounded_as_well(alice: httpx.Client) -> None:
+def test_t19_a_body_of_unknown_length_is_bounded_as_well(alice: httpx.Client) -> None:
     def chunks() -> Iterator[bytes]:
         yield b'{"prompt": "'
         for _ in range(MAX_BODY_BYTES // 1_000):
@@ -761,7 +761,7 @@ def test_a_body_of_the_largest_size_is_read(alice: httpx.Client) -> None:
 # --- callers that hold connections, and what is Serve's own ---
 
 
-def test_headers_that_do_not_come_are_given_up(server: Server) -> None:
+def test_t18_headers_that_do_not_come_are_given_up(server: Server) -> None:
     place = urlsplit(server.url)
     began = time.monotonic()
     with ExitStack() as stack:
@@ -787,7 +787,7 @@ def _received(connection: socket.socket) -> bytes:
         return b""
 
 
-def test_a_body_shorter_than_it_says_is_given_up(server: Server) -> None:
+def test_t18_a_body_shorter_than_it_says_is_given_up(server: Server) -> None:
     place = urlsplit(server.url)
     with socket.create_connection((place.hostname, place.port), timeout=BODY_GRACE_S + 30) as sender:
         head = f"POST /queue/{ENDPOINT} HTTP/1.1\r\nhost: box\r\nauthorization: Key {ALICE}\r\n"

@@ -171,10 +171,26 @@ async def test_t34_runs_are_refused_beyond_so_many_unfinished_requests(queue: Qu
     with pytest.raises(TooManyRuns):
         await submitted(queue, alice, waits=True)
     await submitted(queue, alice)  # the queue takes it
-    [second, _] = await queue.claim("flux", "here", 10)
+    [second] = await queue.claim("flux", "here", 10)
     for each in (claim, second):
         await queue.finish(each, JobResult.success(OUTPUT, 0.5))
     await submitted(queue, alice, waits=True)
+
+
+async def test_t34_no_more_of_a_tenants_requests_run_at_once_than_may(queue: Queue, table: KeyTable) -> None:
+    alice, bob = await keyed(table, max_running=2), await keyed(table, "bob")
+    await keyed(table, max_running=5)  # another key of alice's: the smaller number counts
+    for _ in range(4):
+        await submitted(queue, alice)
+    await submitted(queue, bob)
+    first = await queue.claim("flux", "here", 10)
+    assert sorted(each.job.tenant for each in first) == ["alice", "alice", "bob"]
+    assert await queue.claim("flux", "here", 10) == []
+    await submitted(queue, bob)
+    assert [each.job.tenant for each in await queue.claim("flux", "here", 10)] == ["bob"]
+    ended = next(each for each in first if each.job.tenant == "alice")
+    await queue.finish(ended, JobResult.success(OUTPUT, 0.5))
+    assert [each.job.tenant for each in await queue.claim("flux", "here", 10)] == ["alice"]
 
 
 async def test_t34_what_is_refused_leaves_nothing_and_costs_nothing(

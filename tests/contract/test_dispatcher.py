@@ -1,8 +1,9 @@
 """The dispatcher over a real queue, with a model that does as it is told."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -12,7 +13,7 @@ from pipelines.registry import endpoint
 from schemas.errors import InternalError, NotReady, StoreDown, WorkerLost
 from schemas.jobs import CancelOutcome, Job, JobResult, Logged, Priority, State
 from schemas.settings import Catalogue, LeaseSettings
-from tests.support.jobs import ENDPOINT, Clock, ScriptedModel, make_job
+from tests.support.jobs import ENDPOINT, OUTPUT, Clock, ScriptedModel, make_job
 
 LEASE = LeaseSettings()
 STYLED = "fal-ai/flux-lora/image-to-image"
@@ -135,6 +136,28 @@ async def test_a_job_that_kills_every_worker_is_given_up(
     assert len(model.order) == 3
 
 
+@pytest.mark.parametrize("error", [ValueError("a fault of ours"), TimeoutError("not of our clocks")])
+async def test_what_nobody_expected_is_taken_for_a_lost_worker(
+    error: Exception, queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock
+) -> None:
+    model.failures = [error]
+    model.open.set()
+    job = make_job()
+    await queue.submit(job)
+    assert (await end_past_backoffs(queue, job, clock)).status == 200
+    assert len(model.order) == 2
+
+
+async def test_a_worker_that_ends_without_a_result_is_taken_for_lost(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    model.outcome = cast(Callable[[Job], JobResult], lambda job: None)
+    model.open.set()
+    job = make_job(retries=False)
+    await queue.submit(job)
+    assert (await end(queue, job)).error_type == "runner_disconnected"
+
+
 async def test_a_model_that_is_not_there_yet_costs_no_attempt_limit(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock
 ) -> None:
@@ -215,12 +238,37 @@ async def test_a_database_that_fails_for_a_while_costs_time_only(
     assert not failures
 
 
+@pytest.mark.parametrize("verb", ["waiting", "heartbeat"])
+async def test_a_queue_that_cannot_be_asked_for_a_while_stops_nothing(
+    queue: Queue, model: ScriptedModel, make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    works, failures, is_back = getattr(queue, verb), [StoreDown("disk full")] * 2, asyncio.Event()
+
+    async def fails_at_first(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        is_back.set()
+        return await works(*arguments)
+
+    monkeypatch.setattr("deployments.dispatcher.IDLE_S", 0.01)
+    monkeypatch.setattr(queue, verb, fails_at_first)
+    dispatcher = await make_dispatcher(replace_beats(LEASE))
+    job = make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(model.began.acquire(), 10)
+    await asyncio.wait_for(is_back.wait(), 10)
+    model.open.set()
+    assert (await end(queue, job)).status == 200
+    assert dispatcher.is_alive
+
+
 async def test_a_run_whose_lease_lapsed_unseen_is_stopped_when_the_job_is_claimed_again(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock
 ) -> None:
     job = make_job()
     await queue.submit(job)
     await asyncio.wait_for(model.began.acquire(), 10)
+    await asyncio.wait_for(model.spoke.acquire(), 10)  # else it is stopped by what it says
     clock.now += 31
     await queue.sweep()
     clock.now += 60
@@ -401,10 +449,11 @@ async def test_what_runs_for_too_long_is_stopped_and_fails_for_good(
     assert len(model.order) == 1
 
 
+@pytest.mark.parametrize("queues", [False, True])
 async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
-    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, queues: bool
 ) -> None:
-    model.events = ()  # it waits behind others and says nothing
+    model.events, model.queues = (), queues  # it waits behind others and says so, or nothing
     job = make_job(start_timeout_s=0.1)
     await queue.submit(job)
     ended = await end(queue, job)
@@ -466,3 +515,43 @@ async def test_what_is_not_to_be_retried_ends_with_its_first_worker(
     result = await end(queue, job)
     assert (result.status, result.error_type) == (503, "runner_disconnected")
     assert len(model.order) == 1
+
+
+class Ends(logging.Handler):
+    """What the log says of requests that have ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if fields := record.__dict__.get("fields"):
+            self.told.put_nowait(fields)
+
+
+async def test_t22_a_request_that_ended_has_one_line_in_the_log(
+    queue: Queue, model: ScriptedModel, make_dispatcher: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "deployments.dispatcher")
+    log, ends = logging.getLogger("deployments.dispatcher"), Ends()
+    log.addHandler(ends)
+    dispatcher = await make_dispatcher()
+    model.open.set()
+    for job, failure, end_of_it in (
+        (make_job(tenant="alice"), None, (200, None)),
+        (make_job(tenant="bob", retries=False), WorkerLost("gone"), (503, "runner_disconnected")),
+        (make_job(tenant="carol", endpoint_id=STYLED), InternalError("bad"), None),
+    ):
+        model.failures = [failure] if isinstance(failure, WorkerLost) else []
+        model.outcome = lambda job, failure=failure: (  # type: ignore[misc]
+            JobResult.failure(failure) if failure else JobResult.success(OUTPUT, 0.5)
+        )
+        await queue.submit(job)
+        told = await asyncio.wait_for(ends.told.get(), 20)
+        assert (told["request_id"], told["endpoint"]) == (job.request_id, job.endpoint_id)
+        assert (told["tenant"], told["model"], told["attempts"]) == (job.tenant, "flux", 1)
+        assert (told["status"], told["error_type"]) == (end_of_it or (500, "internal_server_error"))
+        assert told["queue_s"] >= 0
+    await dispatcher.close()
+    log.removeHandler(ends)
+    assert ends.told.empty()

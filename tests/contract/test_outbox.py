@@ -6,7 +6,7 @@ import pytest
 
 from deployments.queue import Outbox, Queue, Setback
 from schemas.deliveries import Delivery, DeliveryState, Outcome
-from schemas.errors import InternalError
+from schemas.errors import Erased, InternalError
 from schemas.jobs import Job, JobResult
 from tests.support.jobs import OUTPUT, Clock, make_job
 
@@ -200,6 +200,17 @@ async def test_the_operator_has_a_webhook_sent_again_with_all_its_retries(
     again = await only_claim(outbox)
     assert (again.attempt, again.retries) == (3, 0)
     assert await outbox.redeliver("unknown") is None
+
+
+async def test_what_has_been_erased_is_not_sent_again(queue: Queue, outbox: Outbox) -> None:
+    job = make_job(webhook_url="https://there.example")
+    await finish(queue, job)
+    [delivery] = await claim(outbox)
+    await outbox.settle(delivery, Outcome(200, None, 0.1), DeliveryState.DELIVERED)
+    await queue.erase(job.request_id, job.tenant)
+    with pytest.raises(Erased):
+        await outbox.redeliver(job.request_id)
+    assert await claim(outbox) == []
 
 
 async def test_the_newest_come_first_and_may_be_chosen_by_state(queue: Queue, outbox: Outbox) -> None:

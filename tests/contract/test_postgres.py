@@ -2,16 +2,20 @@
 
 import asyncio
 import logging
+import shutil
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, text
 
 from deployments.queue import Queue, open_database, open_queue, postgres
+from deployments.queue.listener import Listener
 from deployments.queue.postgres import PostgresDatabase
-from schemas.errors import StoreDown
+from schemas.errors import QueueFull, StoreDown
 from schemas.jobs import State
 from schemas.settings import LeaseSettings
 from tests.support.databases import LIMIT_S, grouped, note, noted
@@ -93,9 +97,30 @@ async def test_a_connection_lost_again_and_again_is_a_store_that_is_down(databas
         note("lost")(connection)
         connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
 
+    def reads_no_more(connection: Connection) -> None:
+        connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
     with pytest.raises(StoreDown):
         await asyncio.wait_for(database.write(loses_its_connection), LIMIT_S)
+    with pytest.raises(StoreDown):
+        await asyncio.wait_for(database.read(reads_no_more), LIMIT_S)
     assert database.is_alive
+    await database.write(note("kept"))
+    assert await database.read(noted) == ["kept"]
+
+
+async def test_who_shares_a_group_with_what_ends_every_connection_is_told_so(
+    database: PostgresDatabase,
+) -> None:
+    def fails(connection: Connection) -> None:
+        raise QueueFull("no room")
+
+    def loses_its_connection(connection: Connection) -> None:
+        connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    async with grouped(database) as group:
+        outcomes = group(note("lost"), fails, loses_its_connection)
+    assert [type(each) for each in await outcomes()] == [StoreDown] * 3
     await database.write(note("kept"))
     assert await database.read(noted) == ["kept"]
 
@@ -265,3 +290,23 @@ async def test_a_closed_database_refuses_instead_of_hanging(postgres_url: str) -
     await queue.close()
     with pytest.raises(StoreDown):
         await asyncio.wait_for(queue.submit(make_job()), LIMIT_S)
+
+
+async def test_a_server_that_stays_away_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = asyncio.Semaphore(0)
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        calls.release()
+
+    monkeypatch.setattr("deployments.queue.listener.RECONNECT_S", 0.0)
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path must be short
+    async with await asyncio.start_unix_server(hang_up, folder / ".s.PGSQL.5432"):
+        listener = Listener({"host": str(folder), "port": 5432})
+        for _ in range(4):
+            await asyncio.wait_for(calls.acquire(), LIMIT_S)
+        await listener.close()
+    shutil.rmtree(folder)
+    assert len([each for each in caplog.records if "not heard of" in each.message]) == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Connection
 
-from deployments.queue import Queue, Setback
+from deployments.queue import Queue, Setback, open_audit
 from deployments.queue.queue import LEAD_S
 from deployments.queue.tables import deliveries, metadata
 from deployments.queue.upkeep import UNKEPT_S
@@ -25,7 +25,7 @@ from schemas.jobs import (
     Snapshot,
     State,
 )
-from schemas.settings import KEEP_RESULTS_S
+from schemas.settings import Retention
 from tests.contract.conftest import LEASE
 from tests.support.jobs import OUTPUT, Clock, make_job
 
@@ -527,6 +527,15 @@ async def test_erasing_leaves_that_there_was_a_request_and_no_more(queue: Queue)
     assert await queue.events(job.request_id) == []
 
 
+async def test_nothing_is_erased_while_it_is_owed_or_under_way(queue: Queue) -> None:
+    job = make_job(webhook_url="https://there.example/hook")
+    await queue.submit(job)
+    for why in ("in progress", "still being delivered"):
+        with pytest.raises(BadRequest, match=why):
+            await queue.erase(job.request_id, job.tenant)
+        await queue.cancel(job.request_id, job.tenant)
+
+
 async def test_what_is_not_to_be_kept_is_erased_once_nobody_needs_it(queue: Queue, clock: Clock) -> None:
     kept, unkept = make_job(), make_job(stores_io=False)
     owing = make_job(stores_io=False, webhook_url="https://there.example/hook")
@@ -553,7 +562,7 @@ async def test_what_was_kept_long_enough_is_forgotten_with_all_that_hangs_on_it(
         await queue.submit(job, [Logged("a line")], once=Once(job.request_id, "fingerprint"))
     for each in await claim(queue):
         await queue.finish(each, DONE)
-    clock.now += KEEP_RESULTS_S - 1
+    clock.now += Retention().results_s - 1
     await queue.submit(young)
     await queue.sweep()  # of the keys
     assert await queue.get(old.request_id, old.tenant) is not None
@@ -573,6 +582,26 @@ async def test_what_was_kept_long_enough_is_forgotten_with_all_that_hangs_on_it(
         return count
 
     assert not any((await queue._database.read(rows_of(old.request_id))).values())
+
+
+async def test_the_audit_is_kept_for_its_time(queue: Queue, clock: Clock, queue_url: str) -> None:
+    book = open_audit(queue_url)
+    await queue.submit(make_job())
+    clock.now += Retention().audit_s
+    await queue.submit(make_job())
+    assert len(await book.newest(10)) == 2
+    await queue.sweep()
+    assert [entry.at for entry in await book.newest(10)] == [clock.now]
+    await book.close()
+
+
+async def test_positions_are_counted_up_to_a_number(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.queue.queue.MAX_POSITION", 2)
+    receipts = [await queue.submit(make_job()) for _ in range(5)]
+    assert [receipt.position for receipt in receipts] == [0, 1, 2, 2, 2]
+    with pytest.raises(QueueFull):
+        await queue.submit(make_job(), max_ahead=4)
+    assert (await queue.submit(make_job(), max_ahead=5)).position == 5
 
 
 async def test_a_sweep_ends_in_batches(queue: Queue, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

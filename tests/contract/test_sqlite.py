@@ -155,3 +155,23 @@ async def test_a_url_of_another_kind_is_refused_with_its_name(tmp_path: Path) ->
         assert "mysql://x" in str(error)
     else:
         raise AssertionError("it was opened")
+
+
+async def test_a_bells_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:
+    bell = Doorbell(tmp_path / "q")
+    bell.close()
+    bell._folder.chmod(0o755)
+    with pytest.raises(PermissionError, match="alone"):
+        Doorbell(tmp_path / "q")
+    bell._folder.rmdir()
+
+
+async def test_a_bell_is_heard_however_often_and_whatever_is_rung(tmp_path: Path) -> None:
+    ringing, hearing = Doorbell(tmp_path / "q"), Doorbell(tmp_path / "q")
+    ringing._socket.sendto(b"", str(hearing._path))
+    await asyncio.wait_for(hearing.wait(60), 10)
+    for _ in range(3000):  # more than a socket keeps; nobody listens meanwhile
+        ringing.ring()
+    await asyncio.wait_for(hearing.wait(60), 10)
+    ringing.close()
+    hearing.close()

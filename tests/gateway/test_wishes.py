@@ -59,7 +59,7 @@ async def test_files_are_kept_as_long_as_the_server_says_unless_the_caller_does(
     wish = {"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds": 60}'}
     announced = {"content_type": "image/png", "file_name": "cat.png"}
     async with (
-        gateway_at_work(tmp_path, keep_files_s=3600) as place,
+        gateway_at_work(tmp_path, keep={"files_s": 3600}) as place,
         httpx.AsyncClient(base_url=place.url) as http,
     ):
         for headers, keep_s in (({}, 3600), (wish, 60)):

@@ -98,7 +98,10 @@ async def _drawing(files: FileStore) -> Any:
 async def _listening(app: Any) -> AsyncIterator[str]:
     config = uvicorn.Config(app, lifespan="off", log_config=None, ws="websockets-sansio", proxy_headers=False)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # Of a socket that does not say TCP asyncio sends no small answers at once: 40 ms each.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # whoever connects before the server accepts waits
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from schemas.errors import DarkroomError
 from schemas.jobs import Job, JobEvent, JobResult, Logged, Update
 
 ENDPOINT = "fal-ai/flux/dev"
@@ -44,11 +43,12 @@ class ScriptedModel:
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     events: tuple[JobEvent, ...] = (Logged("step 1/2"), Logged("step 2/2"))
     outcome: Callable[[Job], JobResult] = lambda job: JobResult.success(OUTPUT, 0.5)
-    failures: list[DarkroomError] = field(default_factory=list)  # raised first, one a call
+    failures: list[Exception] = field(default_factory=list)  # raised first, one a call
     running: int = 0
     most: int = 0  # jobs at once
     order: list[str] = field(default_factory=list)
     prefetched: list[str] = field(default_factory=list)
+    queues: bool = False  # a job waits in the worker before it begins
     is_deaf: bool = False  # a prefetch does not come back
     calling: int = 0  # prefetches under way
 
@@ -63,6 +63,8 @@ class ScriptedModel:
         try:
             if self.failures:
                 raise self.failures.pop(0)
+            if self.queues:
+                yield Update(has_begun=False)
             for event in self.events:
                 yield Update((event,))
             self.spoke.release()

@@ -33,7 +33,7 @@ class Receiver:
     """Notes what it gets and answers as it is told: for each path a list of statuses, the last one stays.
 
     A path in `gates` is answered once its gate is open, one in `locations` with a redirect there, and
-    one in `cut` by closing the connection.
+    one in `cut` by closing the connection. What it says is in `answers`.
     """
 
     url: str = ""
@@ -42,6 +42,7 @@ class Receiver:
     locations: dict[str, str] = field(default_factory=dict)
     gates: dict[str, threading.Event] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
+    answers: dict[str, bytes] = field(default_factory=dict)
 
     def next(self) -> Post:
         """The next call, waited for."""
@@ -78,7 +79,7 @@ def receiving() -> Iterator[Receiver]:
                 if location := receiver.locations.get(self.path):
                     self.send_header("location", location)
                 self.end_headers()
-                self.wfile.write(b"a receiver's own words")
+                self.wfile.write(receiver.answers.get(self.path, b"a receiver's own words"))
             except ConnectionError:
                 pass  # the sender has given up
 

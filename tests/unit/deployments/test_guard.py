@@ -8,80 +8,7 @@ import pytest
 from deployments.files.guard import REFUSED, Guard, Target, is_public, literal
 from schemas.errors import AssetError
 from schemas.settings import FetchSettings
-
-NOT_PUBLIC = [
-    "0.0.0.0",  # this host
-    "0.1.2.3",
-    "10.0.0.1",  # private
-    "10.255.255.255",
-    "100.64.0.1",  # carrier-grade NAT
-    "100.100.100.200",  # a cloud's metadata
-    "100.127.255.255",
-    "127.0.0.1",  # loopback
-    "127.255.255.254",
-    "168.63.129.16",  # a cloud's platform services
-    "169.254.0.1",  # link-local
-    "169.254.169.254",  # metadata
-    "169.254.170.2",
-    "172.16.0.1",  # private
-    "172.31.255.255",
-    "192.0.0.1",  # protocol assignments
-    "192.0.0.192",
-    "192.0.2.1",  # documentation
-    "192.31.196.1",  # AS112
-    "192.52.193.1",  # AMT
-    "192.88.99.1",  # 6to4 relay
-    "192.168.0.1",  # private
-    "192.168.255.255",
-    "192.175.48.1",  # AS112
-    "198.18.0.1",  # benchmarks
-    "198.19.255.255",
-    "198.51.100.1",  # documentation
-    "203.0.113.1",
-    "224.0.0.1",  # multicast
-    "239.255.255.255",
-    "240.0.0.1",  # reserved
-    "255.255.255.255",
-    "::",
-    "::1",
-    "::7f00:1",  # IPv4-compatible
-    "::a00:1",
-    "::8.8.8.8",  # compatible, and public inside
-    "::ffff:127.0.0.1",  # IPv4-mapped
-    "::ffff:169.254.169.254",
-    "::ffff:8.8.8.8",
-    "::ffff:0:127.0.0.1",  # IPv4-translated
-    "64:ff9b::7f00:1",  # NAT64
-    "64:ff9b::808:808",
-    "64:ff9b:1::a00:1",  # local NAT64
-    "100::1",  # discard
-    "2001::1",  # Teredo
-    "2001:0:4136:e378:8000:63bf:3fff:fdd2",
-    "2001:1::1",  # port control
-    "2001:2::1",  # benchmarks
-    "2001:3::1",  # AMT
-    "2001:4:112::1",  # AS112
-    "2001:10::1",  # ORCHID
-    "2001:20::1",
-    "2001:1ff:ffff::1",
-    "2001:db8::1",  # documentation
-    "2002:7f00:1::1",  # 6to4 of loopback
-    "2002:808:808::1",
-    "2620:4f:8000::1",  # AS112
-    "3fff::1",  # documentation
-    "3fff:fff::1",
-    "2a00:1450::5efe:7f00:1",  # ISATAP of loopback
-    "2a00:1450::200:5efe:a00:1",
-    "2a00:1450::5efe:169.254.169.254",
-    "4000::1",  # nowhere given out
-    "5f00::1",  # segment routing
-    "fc00::1",  # unique local
-    "fd00:ec2::254",  # metadata
-    "fe80::1",  # link-local
-    "fe80::1%1",
-    "fec0::1",  # site-local
-    "ff02::1",  # multicast
-]
+from tests.corpus.inside import DISPUTED, NOT_PUBLIC, SPELLINGS
 
 PUBLIC = [
     "1.1.1.1",
@@ -111,12 +38,12 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
-def test_a_special_address_is_not_public(address: str) -> None:
+def test_t08_a_special_address_is_not_public(address: str) -> None:
     assert not is_public(ip_address(address))
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_an_ordinary_address_is_public(address: str) -> None:
+def test_t08_an_ordinary_address_is_public(address: str) -> None:
     assert is_public(ip_address(address))
 
 
@@ -124,7 +51,7 @@ def guard(*networks: str, ports: tuple[int, ...] = (80, 443)) -> Guard:
     return Guard(FetchSettings(allowed_networks=networks, allowed_ports=ports))
 
 
-def test_one_bad_answer_refuses_the_host() -> None:
+def test_t07_one_bad_answer_refuses_the_host() -> None:
     for answers in (["8.8.8.8", "10.0.0.1"], ["10.0.0.1", "8.8.8.8"], ["10.0.0.1"], []):
         with pytest.raises(AssetError) as refused:
             guard().check_addresses("x", [ip_address(each) for each in answers])
@@ -160,7 +87,7 @@ def test_a_network_that_is_none_stops_the_start() -> None:
         ("http://127。0。0。1/", Target("http", "127.0.0.1", 80)),  # seen as what it connects to
     ],
 )
-def test_a_url_leads_to_one_target(url: str, target: Target) -> None:
+def test_t08_a_url_leads_to_one_target(url: str, target: Target) -> None:
     assert guard().check_url(httpx.URL(url)) == target
 
 
@@ -189,7 +116,7 @@ def test_a_url_leads_to_one_target(url: str, target: Target) -> None:
         (f"http://{'a.' * 127}b/", "no valid host"),
     ],
 )
-def test_other_urls_are_refused(url: str, why: str) -> None:
+def test_t08_other_urls_are_refused(url: str, why: str) -> None:
     with pytest.raises(AssetError, match=why) as refused:
         guard().check_url(httpx.URL(url))
     assert refused.value.kind == "file_download_error"
@@ -200,7 +127,7 @@ def test_no_list_of_ports_means_any_port() -> None:
 
 
 def test_the_tables_say_what_they_mean() -> None:
-    assert len(set(NOT_PUBLIC)) >= 55
+    assert len(set(NOT_PUBLIC)) >= 55 and len(set(SPELLINGS)) >= 37 and len(set(DISPUTED)) >= 45
     assert not any(ip_address(each.split("%")[0]) in ip_network("2606:4700::/32") for each in NOT_PUBLIC)
 
 
@@ -222,7 +149,7 @@ def test_the_tables_say_what_they_mean() -> None:
         ("deadbeef", None),
     ],
 )
-def test_a_host_that_is_an_address_is_seen_without_a_look_up(host: str, address: str | None) -> None:
+def test_t08_a_host_that_is_an_address_is_seen_without_a_look_up(host: str, address: str | None) -> None:
     assert literal(host) == (None if address is None else ip_address(address))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from deployments.webhooks.keyring import Keyring, open_keyring
 from tests.support.jobs import Clock
@@ -68,7 +70,9 @@ def test_processes_that_begin_at_once_share_one_key(tmp_path: Path, clock: Clock
         assert len(set(threads.map(lambda ring: tuple(listed(ring)), rings))) == 1
 
 
-def test_a_new_key_is_published_before_it_signs_and_the_old_one_after(keyring: Keyring, clock: Clock) -> None:
+def test_t24_a_new_key_is_published_before_it_signs_and_the_old_one_after(
+    keyring: Keyring, clock: Clock
+) -> None:
     [old] = listed(keyring)
     assert keyring.rotate() == clock.now + OVERLAP_S + 1
     assert listed(keyring)[0] == signer(keyring) == old
@@ -121,6 +125,10 @@ def test_what_is_no_such_key_is_named(keyring: Keyring, tmp_path: Path) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "0.pem").write_text("nonsense")
     with pytest.raises(ValueError):
+        keyring.jwks()
+    other = X25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "keys" / "0.pem").write_bytes(other)
+    with pytest.raises(ValueError, match="no Ed25519 key"):
         keyring.jwks()
     with pytest.raises(ValueError, match="file://"):
         open_keyring("s3://keys", 1)

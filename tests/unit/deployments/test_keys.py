@@ -119,6 +119,7 @@ async def test_a_token_expires() -> None:
         lambda token: "alice:é.é",
         lambda token: Keys(parse("alice:another")).issue("alice", ["flux"], 120),  # of a key since changed
         lambda token: Keys({"mallory": digest("")}).issue("mallory", ["flux"], 120),  # of an unknown one
+        lambda token: Keys(parse("alice:s3cret"), secret=b"other").issue("alice", ["flux"], 120),
     ],
 )
 async def test_a_forged_token_is_refused(forge: Callable[[str], str]) -> None:

@@ -107,7 +107,7 @@ def test_the_signature_passes_fals_own_verification(keyring: Keyring, tenant: st
     assert all(value.isascii() and value.isprintable() for value in sent.headers.values())
 
 
-def test_a_replay_is_too_old(keyring: Keyring) -> None:
+def test_t24_a_replay_is_too_old(keyring: Keyring) -> None:
     sent = post(keyring, b"{}")
     keys = keyring.jwks()["keys"]
     assert is_genuine(sent, keys, NOW + TOLERANCE_S - 1)
@@ -116,12 +116,12 @@ def test_a_replay_is_too_old(keyring: Keyring) -> None:
     assert not is_genuine(replace(sent, headers=newer), keys, NOW + TOLERANCE_S + 1)
 
 
-def test_another_servers_key_does_not_pass(keyring: Keyring, tmp_path: Path) -> None:
+def test_t24_another_servers_key_does_not_pass(keyring: Keyring, tmp_path: Path) -> None:
     foreign = Keyring(tmp_path, 86_400, Clock())
     assert not is_genuine(post(foreign, b"{}"), keyring.jwks()["keys"], NOW)
 
 
-def test_no_forgery_passes(keyring: Keyring) -> None:
+def test_t24_no_forgery_passes(keyring: Keyring) -> None:
     keys = keyring.jwks()["keys"]
     sent = post(keyring, message.body(REQUEST_ID, 200, OUTPUT))
     chance = random.Random(7)

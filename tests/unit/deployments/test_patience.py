@@ -51,7 +51,7 @@ async def test_what_comes_at_once_is_read() -> None:
 
 
 @pytest.mark.parametrize("chunks", [[b""], [b"x"], [b"x"] * 100])
-async def test_what_drips_is_given_up(chunks: list[bytes]) -> None:
+async def test_t18_what_drips_is_given_up(chunks: list[bytes]) -> None:
     with pytest.raises(TooSlow):
         await asyncio.wait_for(read(body(*chunks, wait_s=2 * GRACE_S), bytes_per_s=1_000_000), 5)
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from deployments.files.guard import IPAddress
 from deployments.queue import Outbox, Queue, open_database
 from deployments.webhooks import sender as sender_module
 from deployments.webhooks.keyring import Keyring
-from deployments.webhooks.sender import BROKEN, INTERRUPTED, SILENT, UNREACHABLE, Sender
+from deployments.webhooks.sender import ANSWER_BYTES, BROKEN, FAILED, INTERRUPTED, SILENT, UNREACHABLE, Sender
 from schemas.deliveries import DeliveryRecord, DeliveryState, Outcome, Try
 from schemas.errors import StoreDown
 from schemas.jobs import Job, JobResult
@@ -215,7 +215,7 @@ async def test_a_receiver_that_is_gone_hears_no_more(
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_a_redirect_is_a_failure_and_not_followed(
+async def test_t06_a_redirect_is_a_failure_and_not_followed(
     queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, status: int
 ) -> None:
     receiver.statuses["/moved"] = [status]
@@ -235,6 +235,46 @@ async def test_a_receiver_that_hangs_up_has_not_taken_it(
     await send(sender)
     assert await outcomes(outbox, job) == [Outcome(None, BROKEN, 0.0)]
     assert (await found(outbox, job))[0].state == DeliveryState.DUE
+
+
+async def test_a_receiver_that_speaks_for_too_long_has_been_told(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver
+) -> None:
+    receiver.answers["/"] = b"x" * 100 * ANSWER_BYTES
+    job = await owe(queue, f"{receiver.url}/")
+    await send(sender)
+    assert await outcomes(outbox, job) == [Outcome(200, None, 0.0)]
+    assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
+
+
+async def test_a_fault_of_ours_is_a_try_that_failed(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "0.pem").write_text("nonsense")  # nothing can be signed
+    job = await owe(queue, receiver.url)
+    await send(sender)
+    assert not receiver.all()
+    assert await outcomes(outbox, job) == [Outcome(None, FAILED, 0.0)]
+    assert (await found(outbox, job))[0].state == DeliveryState.DUE
+
+
+async def test_the_loop_outlives_an_outbox_that_could_not_be_read(
+    queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due_hosts, failures = outbox.due_hosts, [StoreDown("full"), StoreDown("full")]
+
+    async def failing() -> list[str]:
+        if failures:
+            raise failures.pop()
+        return await due_hosts()
+
+    monkeypatch.setattr(outbox, "due_hosts", failing)
+    monkeypatch.setattr(sender_module, "IDLE_S", 0.0)
+    job = await owe(queue, receiver.url)
+    sender.start()
+    await asyncio.wait_for(until_delivered(outbox, job), LIMIT_S)
+    assert not failures and sender.is_alive
 
 
 async def test_a_receiver_that_is_silent_is_left_in_time(
@@ -263,7 +303,7 @@ async def test_a_slow_host_holds_nobody_else_up(
 
 
 @pytest.mark.parametrize("networks", [(), ("10.0.0.0/8",)])
-async def test_what_the_settings_forbid_is_not_reached_whatever_it_is_called(
+async def test_t07_what_the_settings_forbid_is_not_reached_whatever_it_is_called(
     queue: Queue,
     outbox: Outbox,
     make_sender: Make,
@@ -280,13 +320,17 @@ async def test_what_the_settings_forbid_is_not_reached_whatever_it_is_called(
         assert await outcomes(outbox, job) == [Outcome(None, UNREACHABLE, 0.0)]
 
 
-async def test_closed_and_forbidden_look_the_same(
+async def test_t25_closed_and_forbidden_look_the_same(
     queue: Queue, outbox: Outbox, sender: Sender, receiver: Receiver
 ) -> None:
     closed = await owe(queue, "http://127.0.0.1:1/")
     forbidden = await owe(queue, "http://inside.example:1/")
     await send(sender)
     assert await outcomes(outbox, closed) == await outcomes(outbox, forbidden)
+
+
+def test_t25_nothing_that_a_receiver_says_is_kept_but_its_status() -> None:
+    assert {each.name for each in fields(Outcome)} == {"status", "error", "duration_s"}
 
 
 async def test_what_a_closing_sender_had_under_way_is_sent_by_the_next(
@@ -332,7 +376,7 @@ async def test_a_database_that_fails_for_a_while_costs_time_only(
     assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
 
 
-async def test_nothing_secret_is_logged(
+async def test_t23_nothing_secret_is_logged(
     queue: Queue,
     outbox: Outbox,
     sender: Sender,

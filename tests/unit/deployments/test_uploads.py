@@ -151,7 +151,9 @@ async def test_of_two_contents_at_once_one_wins_whole(uploads: Uploads, files: F
 # -- what is too much, and what breaks off
 
 
-async def test_a_file_that_is_too_large_is_refused_and_not_kept(uploads: Uploads, files: FileStore) -> None:
+async def test_t19_a_file_that_is_too_large_is_refused_and_not_kept(
+    uploads: Uploads, files: FileStore
+) -> None:
     ticket = await begun(uploads)
     for declared in (None, LIMIT):  # which is a lie
         with pytest.raises(BodyTooLarge, match=f"{LIMIT} bytes"):
@@ -193,7 +195,7 @@ async def test_parts_that_came_at_once_are_counted_at_the_end(uploads: Uploads, 
     assert not await files.has(ticket.key)
 
 
-async def test_connections_that_break_leave_nothing_behind(uploads: Uploads, files: FileStore) -> None:
+async def test_t32_connections_that_break_leave_nothing_behind(uploads: Uploads, files: FileStore) -> None:
     """Two hundred times, anywhere; then the file is sent again and whole."""
     data = random.Random(0).randbytes(300_000)
     draw = random.Random(1)
@@ -232,7 +234,7 @@ async def test_a_call_that_is_cancelled_leaves_nothing_behind(uploads: Uploads, 
     assert kept(files) == []
 
 
-async def test_memory_does_not_grow_with_the_file(files: FileStore) -> None:
+async def test_t19_memory_does_not_grow_with_the_file(files: FileStore) -> None:
     uploads = Uploads(files, 2**30)
     seen: list[int] = []
     block = os.urandom(65_536)
@@ -354,7 +356,7 @@ async def test_a_pass_admits_until_it_ends(uploads: Uploads, others: Uploads, cl
         (None, "_file.png"),
     ],
 )
-async def test_a_name_becomes_part_of_the_key_in_plain_letters(
+async def test_t11_a_name_becomes_part_of_the_key_in_plain_letters(
     uploads: Uploads, files: FileStore, name: str | None, ending: str
 ) -> None:
     ticket = await begun(uploads, name)
@@ -369,7 +371,7 @@ async def test_keys_differ(uploads: Uploads) -> None:
     assert len(keys) == 1000
 
 
-async def test_nothing_but_files_can_be_opened(uploads: Uploads, files: FileStore) -> None:
+async def test_t11_nothing_but_files_can_be_opened(uploads: Uploads, files: FileStore) -> None:
     whole, half = await begun(uploads, keep_s=60), await begun(uploads)
     await uploads.complete(whole, await parted(uploads, whole, {1: b"x"}))
     await parted(uploads, half, {1: b"a part", 2: b"another"})

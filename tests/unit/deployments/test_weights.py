@@ -1,11 +1,13 @@
 """Adapter weights: how they are named, fetched once, kept, and let go."""
 
 import asyncio
+import fcntl
 import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -13,6 +15,7 @@ from deployments.files import cache as module
 from schemas.assets import Asset, AssetKind
 from schemas.errors import AssetError
 from schemas.settings import EASYCONTROLS
+from tests.corpus.paths import PAYLOADS
 from tests.support.fields import shows
 from tests.support.hub import Hub, listing
 from tests.support.rf_inversion import RF
@@ -320,7 +323,7 @@ OUTSIDE = [
 ]
 
 
-async def test_no_other_string_opens_or_asks_for_anything(place: Place, seen: list[str]) -> None:
+async def test_t10_no_other_string_opens_or_asks_for_anything(place: Place, seen: list[str]) -> None:
     weights = place.open(fetch={"allowed_networks": (), "allowed_ports": (443,)})
     assert len(set(OUTSIDE)) >= 60
     words = (Asset(kind, word) for kind in KINDS for word in OUTSIDE)
@@ -331,6 +334,25 @@ async def test_no_other_string_opens_or_asks_for_anything(place: Place, seen: li
         elsewhere = [each for each in seen if not each.startswith(f"{place.cache}{os.sep}")]
         assert elsewhere == [], repr(source)
     assert place.kept() == place.kept(".part") == place.kept(".json") == set()
+
+
+async def test_t11_no_word_for_a_file_in_a_repository_leads_out(
+    place: Place, hub: Hub, seen: list[str]
+) -> None:
+    hub.put("a/b", c=safetensors(3))
+    weights = place.open()
+    (await get(weights, "a/b")).release()  # what Python itself loads for it is loaded now
+    for payload in PAYLOADS:
+        for kind in (AssetKind.IP_ADAPTER, AssetKind.IMAGE_ENCODER, AssetKind.BASE, AssetKind.CONTROLNET):
+            for words in ({"folder": payload}, {"file": payload}, {"variant": payload}):
+                seen.clear()
+                try:
+                    (await get(weights, Asset(kind, "a/b", **words))).release()
+                except AssetError:
+                    pass  # a word that names nothing there
+                opened = [each for each in seen if not each.startswith((f"{place.cache}{os.sep}", "network"))]
+                assert opened == [], (payload, words)
+    assert not [path for path in hub.asked if ".." in path or "passwd" in path]
 
 
 # -- what is refused by its content
@@ -379,7 +401,7 @@ async def test_what_cannot_fit_is_refused(place: Place, hub: Hub) -> None:
 # -- one download for many
 
 
-async def test_fifty_callers_share_one_download(place: Place, hub: Hub) -> None:
+async def test_t28_fifty_callers_share_one_download(place: Place, hub: Hub) -> None:
     hub.put("ann/one", lora=safetensors(2**20))
     hub.pause_s = 0.05
     weights = place.open()
@@ -493,7 +515,7 @@ async def test_a_damaged_record_is_as_none(place: Place, hub: Hub) -> None:
 # -- the bound
 
 
-async def test_what_was_unused_for_longest_goes_first(place: Place, hub: Hub) -> None:
+async def test_t28_what_was_unused_for_longest_goes_first(place: Place, hub: Hub) -> None:
     hub.files |= {f"/{name}": safetensors(1000, name.encode()) for name in "abcd"}
     weights = place.open(cache_bytes=3 * len(safetensors(1000)) + 10)
     for name in "abcab":  # c was used longest ago, then a, then b
@@ -599,3 +621,26 @@ async def test_a_clock_set_back_only_asks_again(
     monkeypatch.setattr(time, "time", lambda: past)
     assert await read(weights, f"{hub.url}/x") == safetensors(1)
     assert hub.statuses == {200: 1, 304: 1}
+
+
+async def test_what_another_process_evicts_before_it_is_pinned_is_fetched_again(
+    place: Place, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files["/style"] = data = safetensors(10)
+    lock, lost = module._lock, []
+
+    def evicted_once(file: BinaryIO, kind: int) -> bool:
+        """Between the opening and the lock, of a file and of a download."""
+        if kind not in lost:
+            lost.append(kind)
+            Path(file.name).unlink()
+        return lock(file, kind)
+
+    monkeypatch.setattr(module, "_lock", evicted_once)
+    assert await read(place.open(), f"{hub.url}/style") == data
+    assert sorted(lost) == [fcntl.LOCK_SH, fcntl.LOCK_EX]
+
+
+def test_what_another_process_has_evicted_is_gone_and_not_damaged(tmp_path: Path) -> None:
+    assert module._evict(tmp_path / "gone.safetensors")
+    assert module._is_whole(tmp_path / "gone.safetensors")

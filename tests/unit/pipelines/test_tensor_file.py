@@ -122,3 +122,12 @@ def test_t13_any_bytes_are_refused_or_load(tmp_path_factory: pytest.TempPathFact
         assert {name: tuple(tensor.shape) for name, tensor in file.load().items()} == file.shapes
     except AssetError as error:
         assert error.kind == "invalid_weights"
+
+
+def test_a_file_that_is_cut_off_after_it_was_looked_at_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.randn(100)}, path)
+    file = tensor_file.read(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(AssetError, match="not a valid safetensors file"):
+        file.load()

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from schemas.errors import (
     InputError,
     RequestFailed,
     StartTimeout,
+    TooManyRequests,
 )
 from schemas.jobs import JobResult
 
@@ -22,8 +24,16 @@ KINDS = [
     for _, kind in inspect.getmembers(errors, inspect.isclass)
     if issubclass(kind, DarkroomError) and kind not in (AssetError, InputError, RequestFailed)
 ]
+
+
+def _arguments(kind: type[DarkroomError]) -> tuple[Any, ...]:
+    if kind in (Cancelled, StartTimeout):
+        return ()
+    return ("a message", 5) if issubclass(kind, TooManyRequests) else ("a message",)
+
+
 SAMPLES: list[DarkroomError] = [
-    *(kind() if kind in (Cancelled, StartTimeout) else kind("a message") for kind in KINDS),
+    *(kind(*_arguments(kind)) for kind in KINDS),
     InputError([FieldError(("body", "a", 0), "too big", "less_than", {"lt": 3}, 5)]),
     AssetError("too large", "file_too_large", {"max_size": 5}),
     RequestFailed("broken", 500, "internal_error", {"detail": "broken"}),
@@ -36,6 +46,7 @@ def test_every_error_pickles_with_all_it_says(error: DarkroomError) -> None:
     assert type(again) is type(error)
     assert again.body() == error.body()
     assert (again.status, again.error_type, str(again)) == (error.status, error.error_type, str(error))
+    assert again.retry_after_s == error.retry_after_s
 
 
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
