@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo serve test fuzz coverage check bench lock audit sbom clean
+.PHONY: demo serve test fuzz coverage faults check bench lock audit sbom clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -15,11 +15,15 @@ serve: .venv/.demo
 
 # The tests that start servers run one after another; the rest on all cores. Where the machine is busy, a
 # client's own ten seconds can run out: what failed there is tried once more, and the summary says so.
-SERVERS := tests/serve tests/clients tests/faults
+SERVERS := tests/serve tests/clients tests/faults/test_live_server.py tests/faults/test_server_killed.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(SERVERS))
 	$(BIN)/python -m pytest --reruns 1 $(SERVERS)
+
+# The long form of what `make test` does in short: see docs/reliability.md.
+faults: .venv/.dev
+	DARKROOM_FAULTS=5 $(BIN)/python -m pytest tests/faults
 
 # What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says, and the queue, for a twentieth as many
 # sequences of its verbs.

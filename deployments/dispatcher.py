@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
-from deployments import logs
+from deployments import crash, logs
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
 from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
@@ -131,7 +131,7 @@ class Dispatcher:
         full = [model for model in waiting.models if await self._fill(model)]
         for model in full:
             await self._foresee(model)
-        return max(0.0, self._next_sweep - self._queue.now())
+        return min(IDLE_S, max(0.0, self._next_sweep - self._queue.now()))  # the clock may be set
 
     async def _fill(self, model: str) -> bool:
         """Hand over what the window has room for. Returns whether it is full."""
@@ -139,6 +139,7 @@ class Dispatcher:
         room = self._windows[model] - running
         claims = await self._queue.claim(model, self.owner, room) if room > 0 else []
         for claim in claims:
+            crash.point("dispatcher.starts")
             self._start(claim)
         return len(claims) >= room
 
@@ -243,18 +244,27 @@ class Dispatcher:
                 await self._report(claim.job)
 
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
+        crash.point("dispatcher.releases")
         if await _insist(partial(self._queue.release, claim, setback, delay_s)):
             await self._report(claim.job)
+        crash.point("dispatcher.released")
 
     async def _follow(self, claim: Claim, hear: Callable[[Update], None]) -> None:
         """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
+        is_timed = claim.start_deadline is not None
         async with contextlib.aclosing(handle.generate(claim.job)) as updates:
             async for update in updates:
                 hear(update)
+                crash.point("dispatcher.heard")
+                if is_timed and update.has_begun:
+                    if not await _insist(partial(self._queue.begin, claim)):
+                        return  # someone else has it
+                    is_timed = False
                 if not await _insist(partial(self._write, claim, update)):
                     return  # someone else has it
                 if update.result is not None:
+                    crash.point("dispatcher.finished")
                     return
         raise WorkerLost("The worker ended without a result.")
 

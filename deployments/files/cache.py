@@ -26,6 +26,7 @@ from typing import Annotated, BinaryIO
 
 from pydantic import BaseModel, Field, ValidationError
 
+from deployments import crash
 from deployments.files.choices import unavailable
 from deployments.files.fetch import Report as Progress
 from deployments.files.flights import Flights, Report
@@ -129,14 +130,18 @@ class Cache:
             with self._partial() as file:
                 done = await origin.write(file, origin.limit, _progress(origin.name, report), tag)
                 if done is not None:
+                    crash.point("cache.downloaded")
                     await asyncio.to_thread(_settle, file, origin.suffix)
+                    crash.point("cache.synced")
                     self._publish(file, done.sha256 + origin.suffix)
                     record = _Record(digest=done.sha256, etag=done.etag)
         finally:
             if kept:
                 kept.release()
         assert record is not None, "only what we have can be unchanged"
+        crash.point("cache.records")
         self._record_path(origin).write_text(record.model_dump_json())
+        crash.point("cache.recorded")
         return record.digest + origin.suffix
 
     @contextmanager
@@ -144,6 +149,7 @@ class Cache:
         """A file for a download, gone afterwards unless it was published."""
         while True:
             file = (self._folder / f"{secrets.token_hex(16)}.part").open("x+b")
+            crash.point("cache.opened")
             if _lock(file, fcntl.LOCK_EX):
                 break
             file.close()  # swept by another process between its creation and the lock
@@ -167,7 +173,9 @@ class Cache:
             link = draft / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(lease.path)
+            crash.point("cache.linked")
         draft.rename(folder)
+        crash.point("cache.arranged")
 
     def _disarrange(self) -> None:
         """Remove the folders that have a broken link, and half-made ones of the dead."""
@@ -175,6 +183,7 @@ class Cache:
             for folder in self._folders.iterdir():
                 if any(each.is_symlink() and not each.exists() for each in folder.rglob("*")):
                     folder.rename(self._clean_draft())
+                    crash.point("cache.disarranged")
             self._clean_draft()
 
     def _clean_draft(self) -> Path:
@@ -192,6 +201,7 @@ class Cache:
             _touch(file)
             fcntl.flock(file, fcntl.LOCK_SH)
             os.replace(file.name, self._folder / name)
+            crash.point("cache.published")
         self._shrink()
 
     def _lease(self, name: str) -> Lease | None:
@@ -325,6 +335,7 @@ def _evict(path: Path) -> bool:
             if not _lock(file, fcntl.LOCK_EX):
                 return False
             path.unlink()
+            crash.point("cache.evicted")
     except FileNotFoundError:
         pass
     return True

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from deployments import crash
+
 WordT = TypeVar("WordT", bound=BaseModel)
 
 SECRET_BYTES = 32
@@ -46,11 +48,15 @@ class Signer:
 def load_secret(path: Path) -> bytes:
     """The secret in a file, for the owner's eyes only. Whoever comes first draws it."""
     if not path.exists():
-        drawn = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        drawn = path.with_name(f"{path.name}#{secrets.token_hex(8)}")  # left by the dead, it is swept
         with open(os.open(drawn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(secrets.token_bytes(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())  # an empty one would be everybody's
+        crash.point("secret.written")
         try:
             os.link(drawn, path)  # whole at once, and never over another's
+            crash.point("secret.linked")
         except FileExistsError:
             pass
         finally:

@@ -23,6 +23,7 @@ import obstore
 from obstore.exceptions import BaseError
 from pydantic import BaseModel, ConfigDict
 
+from deployments import crash
 from deployments.files import shown
 from deployments.files.bucket import Bucket
 from deployments.files.folder import Folder
@@ -93,12 +94,14 @@ class FileStore:
             expires_at = int(self.clock() + keep_s)
             key = key.replace(".", f"-{expires_at}.")
             await self.let_expire(key, expires_at)
+            crash.point("save.marked")
         attributes = self.place.attributes(shown.headers(content_type, None, keep_s))
         try:
             with told():
                 await obstore.put_async(self.objects, key, data, attributes=attributes)
         except StoreFull as error:  # it is not what the request asked for that is too much
             raise StoreDown("The pictures cannot be stored at this moment; try again later.") from error
+        crash.point("save.put")
         return key
 
     def check_room(self, least_bytes: int) -> None:
@@ -153,6 +156,7 @@ class FileStore:
         try:
             with told():
                 await obstore.delete_async(self.objects, key)
+                crash.point("file.removed")
         except FileNotFoundError:
             pass  # another call was faster
 

@@ -11,6 +11,7 @@ import re
 
 import obstore
 
+from deployments import crash
 from deployments.files.store import FileStore, sent_name
 from deployments.files.uploads import SLACK_S, TICKET_S
 
@@ -45,6 +46,7 @@ class Sweeper:
         """Remove what is due now. Returns how many files' time was over."""
         # What nobody has touched since its ticket ended was given up.
         await self._files.place.clear_left("uploads", self._files.clock() - TICKET_S - SLACK_S)
+        crash.point("files.cleared")
         return await self._remove_expired()
 
     async def _run(self) -> None:
@@ -68,9 +70,12 @@ class Sweeper:
                 key = mark[2]
                 if await self._files.is_there(key):
                     count += await self._remove(key)
+                    crash.point("files.expired")
                 if sent_name(key) is None or int(mark[1]) + TICKET_S <= now:
                     await self._remove(f"details/{key}")
+                    crash.point("files.details_removed")
                     await self._remove(each["path"])
+                    crash.point("files.mark_removed")
         return count
 
     async def _remove(self, name: str) -> bool:

@@ -25,6 +25,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from pydantic import BaseModel, ConfigDict
 
+from deployments import crash
 from deployments.files import shown
 from deployments.files.signatures import Signer
 from deployments.files.store import CHUNK_BYTES, Details, FileStore, new_key, sent_name, told
@@ -131,8 +132,10 @@ class Uploads:
         place = f"uploads/{ticket.key}/{secrets.token_hex(16)}"
         with told():
             await self._put(place, counted(), ticket)
+            crash.point("part.written")
             tag = digest.hexdigest()[:32]
             await obstore.rename_async(self._objects, place, f"uploads/{ticket.key}/{number}-{tag}")
+        crash.point("part.arrived")
         return tag
 
     async def complete(self, ticket: Ticket, parts: Mapping[int, str]) -> None:
@@ -144,13 +147,16 @@ class Uploads:
         details = await self._files.details(ticket.key)
         if details is None:
             await self._check(ticket.key, parts)
+            crash.point("upload.checked")
             details = await self._claim(ticket, content)
         if details.content != content:
             raise Forbidden("This upload URL has been used for another content; begin a new upload.")
         if not await self._files.is_there(ticket.key):
             await self._publish(ticket, parts)
+            crash.point("upload.published")
         with told():
             await self._place.clear(f"uploads/{ticket.key}")
+        crash.point("upload.cleared")
 
     @cached_property
     def _signer(self) -> Signer:
@@ -189,10 +195,12 @@ class Uploads:
             if ticket.keep_s is not None:
                 expires_at = self._files.clock() + ticket.keep_s
                 await self._files.let_expire(ticket.key, expires_at)
+                crash.point("upload.marked")
             details = Details(content_type=ticket.content_type, content=content, expires_at=expires_at)
             text = details.model_dump_json().encode()
             try:
                 await obstore.put_async(self._objects, f"details/{ticket.key}", text, mode="create")
+                crash.point("upload.claimed")
             except AlreadyExistsError:
                 return await self._files.details(ticket.key) or details
         return details
@@ -208,6 +216,7 @@ class Uploads:
                 else:
                     whole = f"uploads/{key}/{secrets.token_hex(16)}"
                     await self._put(whole, self._joined(places), ticket)
+                    crash.point("upload.joined")
                     await obstore.rename_async(self._objects, whole, key)
             except (FileNotFoundError, BaseError) as error:
                 if await self._files.is_there(key):

@@ -14,8 +14,10 @@ import tempfile
 from pathlib import Path
 from uuid import uuid4
 
+from deployments.queue.bell import Bell
 
-class Doorbell:
+
+class Doorbell(Bell):
     """One process's bell for one database. Belongs to the event loop that it was made on."""
 
     def __init__(self, database: Path) -> None:
@@ -30,7 +32,7 @@ class Doorbell:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind(str(self._path))
-        self._rung = asyncio.Event()
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._hear)
 
@@ -53,18 +55,6 @@ class Doorbell:
                 pass  # it has rings enough to hear
             except (ConnectionRefusedError, FileNotFoundError):
                 path.unlink(missing_ok=True)  # its process is gone
-
-    def wake(self) -> None:
-        """Ring at this process only, from its own loop."""
-        self._rung.set()
-
-    async def wait(self, timeout_s: float) -> None:
-        """Return at a ring since the last call, or after `timeout_s`."""
-        try:
-            await asyncio.wait_for(self._rung.wait(), timeout_s)
-        except TimeoutError:
-            pass
-        self._rung.clear()
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket)

@@ -12,33 +12,23 @@ from uuid import uuid4
 
 import psycopg
 
+from deployments.queue.bell import Bell
+
 logger = logging.getLogger(__name__)
 
 CHANNEL = "darkroom_queue"
 RECONNECT_S = 1.0
 
 
-class Listener:
+class Listener(Bell):
     """One process's ear on one database, on a connection of its own. Belongs to the running event loop."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         self.name = uuid4().hex  # what this process's own notifications carry: it does not hear itself
         self._parameters = parameters
-        self._rung = asyncio.Event()
+        super().__init__()
         # in a clean context: it outlives the request that opened it
         self._task = asyncio.get_running_loop().create_task(self._listen(), context=contextvars.Context())
-
-    def wake(self) -> None:
-        """Ring in this process only, from its own loop."""
-        self._rung.set()
-
-    async def wait(self, timeout_s: float) -> None:
-        """Return at a ring since the last call, or after `timeout_s`."""
-        try:
-            await asyncio.wait_for(self._rung.wait(), timeout_s)
-        except TimeoutError:
-            pass
-        self._rung.clear()
 
     async def close(self) -> None:
         self._task.cancel()

@@ -20,6 +20,7 @@ from sqlalchemy import (
     update,
 )
 
+from deployments import crash
 from deployments.queue import audit, rows
 from deployments.queue.database import Database
 from deployments.queue.tables import deliveries, requests, tries
@@ -118,13 +119,16 @@ class Outbox:
         def operation(connection: Connection) -> list[Delivery]:
             now = self._clock()
             connection.execute(REVIVE, {"now": now})
+            crash.point("outbox.revived")
             found: list[RowMapping] = []
             for host, room in rooms.items():
                 wanted = {"now": now, "of_host": host, "room": room}
                 found += connection.execute(CLAIMABLE, wanted).mappings().all()
             return [_take(connection, row, now, now + self._lease_s) for row in found]
 
-        return await self._database.write(operation)
+        claimed = await self._database.write(operation)
+        crash.point("outbox.claimed")
+        return claimed
 
     async def settle(
         self,
@@ -149,9 +153,12 @@ class Outbox:
 
         def operation(connection: Connection) -> bool:
             _end_try(connection, delivery, outcome)
+            crash.point("outbox.try_ended")
             return _set_held(connection, delivery, values)
 
-        return await self._database.write(operation)
+        is_held = await self._database.write(operation)
+        crash.point("outbox.settled")
+        return is_held
 
     async def release(self, delivery: Delivery, outcome: Outcome) -> bool:
         """Give a webhook back to be sent at once, by whoever comes next; no retry is used up."""
@@ -159,9 +166,12 @@ class Outbox:
 
         def operation(connection: Connection) -> bool:
             _end_try(connection, delivery, outcome)
+            crash.point("outbox.given_back")
             return _set_held(connection, delivery, values)
 
-        return await self._database.write(operation)
+        is_held = await self._database.write(operation)
+        crash.point("outbox.released")
+        return is_held
 
     # --- the operator's side ---
 
@@ -207,17 +217,22 @@ class Outbox:
                 again = {"state": DeliveryState.DUE, "next_attempt_at": now, "retries": 0, "ended_at": None}
                 connection.execute(SET, {"of": row["seq"], **again})
                 audit.note(connection, Action.REDELIVER, Actor(request.tenant), request_id, now)
+                crash.point("outbox.due_again")
             return DeliveryState(row["state"])
 
-        return await self._database.write(operation)
+        state = await self._database.write(operation)
+        crash.point("outbox.redelivered")
+        return state
 
 
 def _take(connection: Connection, row: RowMapping, now: float, lease_until: float) -> Delivery:
     delivery = rows.delivery(row, row["attempts"] + 1)
     held = {"state": DeliveryState.SENDING, "attempts": delivery.attempt, "lease_until": lease_until}
     connection.execute(SET, {"of": delivery.seq, **held})
+    crash.point("outbox.taken")
     begun = {"delivery": delivery.seq, "attempt": delivery.attempt, "began_at": now}
     connection.execute(BEGIN_TRY, begun)
+    crash.point("outbox.try_begun")
     return delivery
 
 

@@ -19,6 +19,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
+from deployments import crash
 from deployments.queue import migrations
 from deployments.queue.database import Database, Operation
 from deployments.queue.listener import CHANNEL, Listener
@@ -98,8 +99,10 @@ class PostgresDatabase(Database):
     def _transact(self, work: Operation[T]) -> T:
         def transaction(connection: Connection) -> T:
             connection.execute(LOCK)
+            crash.point("postgres.locked")
             result = work(connection)
             connection.execute(NOTIFY, {"channel": CHANNEL, "sender": self._bell.name})
+            crash.point("postgres.notified")
             return result
 
         return self._try(self._engine, transaction, _commit)
@@ -118,6 +121,7 @@ class PostgresDatabase(Database):
                         continue  # nothing of it was committed
                     raise
                 end(connection)
+                crash.point("postgres.ended")
                 return result
         raise AssertionError("the last try returns or raises")
 
@@ -130,8 +134,11 @@ def migrate(url: str, to: str = "head") -> migrations.Move:
     engine = create_engine(_with_driver(url), connect_args=_defaults(url), poolclass=NullPool)
     with _connected(engine) as connection:
         connection.execute(LOCK_MIGRATION)
+        crash.point("postgres.migration_locked")
         moved = migrations.move(connection, to)
+        crash.point("postgres.moved")
         _commit(connection)
+        crash.point("postgres.migrated")
     return moved
 
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
+from deployments import crash
 from deployments.queue import audit, limits, rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
@@ -112,7 +113,7 @@ class Queue:
             "state": State.QUEUED,
             "accepted_at": now,
             "start_deadline": deadline,
-            "not_before": now,
+            "not_before": 0.0,  # whatever the clocks of others say
             "fence": 0,
             "attempts": 0,
             "crashes": 0,
@@ -129,21 +130,28 @@ class Queue:
         def operation(connection: Connection) -> Receipt | RequestError:
             if once is not None and (known := _submitted(connection, job, once, now)) is not None:
                 return known
+            crash.point("submit.begun")
             if (refusal := limits.admit(connection, actor, now, waits=waits)) is not None:
                 return refusal
+            crash.point("submit.admitted")
             if once is not None:
                 _remember(connection, job, once, now)
             audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
+            crash.point("submit.audited")
             turn, position = connection.execute(sql.PLACE, place).one()
+            crash.point("submit.turn_drawn")
             if max_ahead is not None and position > max_ahead:
                 raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
             connection.execute(sql.ACCEPT, {**values, "turn": turn})
+            crash.point("submit.inserted")
             append(connection, job.request_id, notes, now)
+            crash.point("submit.noted")
             return Receipt(job.request_id, position)
 
         receipt = await self._write(operation)
         if isinstance(receipt, RequestError):
             raise receipt
+        crash.point("submit.stored")
         self.wake()
         return receipt
 
@@ -181,12 +189,15 @@ class Queue:
                 raise BadRequest("The request is still in progress; cancel it first.")
             if connection.scalar(sql.OWED, {"request_id": request_id}) is not None:
                 raise BadRequest("The request's webhook is still being delivered; try again later.")
+            crash.point("erase.found")
             if record.result is None or record.result.error_type != Erased.error_type:
                 erase(connection, request_id)
                 audit.note(connection, Action.ERASE, by or Actor(tenant), request_id, now)
             return record
 
-        return await self._write(operation)
+        record = await self._write(operation)
+        crash.point("erase.stored")
+        return record
 
     async def events(self, request_id: str, after: int = 0) -> list[Event]:
         """The events of a request with `seq` above `after`, in order."""
@@ -236,14 +247,18 @@ class Queue:
             if record.cancel_requested:
                 return CancelOutcome.REQUESTED
             if record.state == State.QUEUED:
+                crash.point("cancel.waits")
                 complete(connection, record.job, JobResult.failure(Cancelled()), now)
             else:
+                crash.point("cancel.runs")
                 change(connection, request_id, cancel_requested=True)
+                crash.point("cancel.marked")
                 note(connection, request_id, now)
             audit.note(connection, Action.CANCEL, by or Actor(tenant), request_id, now)
             return CancelOutcome.REQUESTED
 
         outcome = await self._write(operation)
+        crash.point("cancel.stored")
         self.wake()
         return outcome
 
@@ -288,10 +303,13 @@ class Queue:
             wanted = {"model": model, "now": now, "limit": limit, "full": full}
             statement = sql.CLAIMABLE_BESIDE if full else sql.CLAIMABLE
             found = connection.execute(statement, wanted).mappings().all()
+            crash.point("claim.found")
             until = now + self._lease.lease_s
             return [take(connection, row, owner, now, until) for row in limits.within(found, rooms)]
 
-        return await self._write(operation)
+        claims = await self._write(operation)
+        crash.point("claim.stored")
+        return claims
 
     async def upcoming(self, model: str, limit: int) -> list[Job]:
         """The jobs that the next `claim` of so many would take. Takes none of them."""
@@ -314,7 +332,21 @@ class Queue:
                 )
                 for claim in claims
             ]
+            crash.point("heartbeat.renewed")
             return frozenset(request_id for request_id in renewed if request_id is not None)
+
+        held = await self._write(operation)
+        crash.point("heartbeat.stored")
+        return held
+
+    async def begin(self, claim: Claim) -> bool:
+        """A worker has begun, so the start deadline is met for good. False when the claim is lost."""
+
+        def operation(connection: Connection) -> bool:
+            if held(connection, claim) is None:
+                return False
+            change(connection, claim.job.request_id, start_deadline=None)
+            return True
 
         return await self._write(operation)
 
@@ -325,10 +357,14 @@ class Queue:
         def operation(connection: Connection) -> bool:
             if held(connection, claim) is None:
                 return False
+            crash.point("record.held")
             append(connection, claim.job.request_id, news, now)
+            crash.point("record.appended")
             return True
 
-        return await self._write(operation)
+        is_held = await self._write(operation)
+        crash.point("record.stored")
+        return is_held
 
     async def finish(self, claim: Claim, result: JobResult, news: Sequence[JobEvent] = ()) -> bool:
         """End a job with its result and owe its webhook, in one transaction.
@@ -341,12 +377,17 @@ class Queue:
             row = held(connection, claim)
             if row is None:
                 return False
+            crash.point("finish.held")
             append(connection, claim.job.request_id, news, now)
+            crash.point("finish.appended")
             outcome = JobResult.failure(Cancelled()) if row["cancel_requested"] else result
             complete(connection, claim.job, outcome, now)
+            crash.point("finish.completed")
             return True
 
-        return await self._write(operation)
+        is_held = await self._write(operation)
+        crash.point("finish.stored")
+        return is_held
 
     async def release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> bool:
         """Give a claim back unfinished, to be claimed again after `delay_s`, or the backoff after a crash.
@@ -359,10 +400,13 @@ class Queue:
             row = held(connection, claim)
             if row is None:
                 return False
+            crash.point("release.held")
             put_back(connection, row, setback, self._lease, now, delay_s)
             return True
 
-        return await self._write(operation)
+        is_held = await self._write(operation)
+        crash.point("release.stored")
+        return is_held
 
     async def leads(self, role: str, owner: str) -> bool:
         """Whether `owner` is the one that does this now; whoever asks no more is followed by another."""
@@ -377,12 +421,17 @@ class Queue:
         def operation(connection: Connection) -> bool:
             if leader is None:
                 connection.execute(sql.FIRST_LEADER, {"role": role, "owner": "", "lease_until": 0.0})
-            return connection.scalar(sql.LEAD, place) is not None
+                crash.point("lead.founded")
+            is_leader = connection.scalar(sql.LEAD, place) is not None
+            crash.point("lead.taken")
+            return is_leader
 
         try:
-            return await self._database.write(operation)
+            is_leader = await self._database.write(operation)
         except IntegrityError:  # another was the first
             return False
+        crash.point("lead.stored")
+        return is_leader
 
     async def sweep(self) -> int:
         """Do what time has made due: leases that lapsed, starts that were missed, results kept long enough.
@@ -393,7 +442,9 @@ class Queue:
         times = upkeep.times(now, self._keep)
         if not await self._database.read(lambda connection: connection.scalar(sql.ANY_UPKEEP, times)):
             return 0
-        return await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
+        count = await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
+        crash.point("sweep.stored")
+        return count
 
     async def reroute(self, routes: Mapping[str, str]) -> None:
         """Move what waits to the models that serve its endpoints now (endpoint id → model)."""
@@ -401,8 +452,10 @@ class Queue:
         def operation(connection: Connection) -> None:
             for endpoint_id, model in routes.items():
                 connection.execute(sql.REROUTE, {"endpoint": endpoint_id, "to_model": model})
+                crash.point("reroute.moved")
 
         await self._write(operation)
+        crash.point("reroute.stored")
 
     # --- inside ---
 
@@ -461,9 +514,12 @@ def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Rece
 def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
     """This submit is the first under its key."""
     place = {"tenant": job.tenant, "key": once.key}
+    crash.point("key.unknown")
     connection.execute(sql.FORGET_KEY, place)
+    crash.point("key.forgotten")
     new = {"fingerprint": once.fingerprint, "request_id": job.request_id, "at": now}
     connection.execute(sql.REMEMBER_KEY, place | new)
+    crash.point("key.remembered")
 
 
 def _position(connection: Connection, row: RowMapping) -> int:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import OperationalError
 
+from deployments import crash
 from deployments.queue import migrations
 from deployments.queue.database import Database, Operation
 from deployments.queue.doorbell import Doorbell
@@ -78,6 +79,7 @@ class SqliteDatabase(Database):
     def _transact(self, work: Operation[T]) -> T:
         with self._engine.begin() as connection:
             result = work(connection)
+        crash.point("sqlite.committed")
         try:
             self._bell.ring()
         except OSError:  # the others look by themselves after a moment
@@ -91,7 +93,10 @@ def migrate(path: Path, to: str = "head") -> migrations.Move:
     engine = _open(path)
     try:
         with engine.begin() as connection:
-            return migrations.move(connection, to)
+            moved = migrations.move(connection, to)
+            crash.point("sqlite.moved")
+        crash.point("sqlite.migrated")
+        return moved
     finally:
         engine.dispose()
 
@@ -108,6 +113,7 @@ def _down(error: Exception) -> StoreDown:
 def _open(path: Path) -> Engine:
     engine = create_engine(
         f"sqlite:///{path}",
+        hide_parameters=True,  # they are the callers' own
         connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
         pool_size=READERS + 2,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping
 
+from deployments import crash
 from deployments.queue import rows
 from deployments.queue import statements as sql
 from schemas.errors import Cancelled, Erased, WorkerLost
@@ -37,7 +38,9 @@ def take(connection: Connection, row: RowMapping, owner: str, now: float, lease_
         fence=fence,
         attempts=attempt,
     )
+    crash.point("take.changed")
     note(connection, row["request_id"], now)
+    crash.point("take.noted")
     return Claim(job, fence, attempt, row["start_deadline"])
 
 
@@ -66,13 +69,13 @@ def put_back(
             state=State.QUEUED,
             crashes=crashes,
             attempts=attempts,
-            not_before=now + backoff_s,
-            # one that began did so in time
-            start_deadline=row["start_deadline"] if setback is Setback.UNSTARTED else None,
+            not_before=now + backoff_s if backoff_s else 0.0,
             lease_owner=None,
             lease_until=None,
         )
+        crash.point("put_back.changed")
         note(connection, row["request_id"], now)
+        crash.point("put_back.noted")
 
 
 def complete(connection: Connection, job: Job, result: JobResult, now: float) -> None:
@@ -86,22 +89,29 @@ def complete(connection: Connection, job: Job, result: JobResult, now: float) ->
         lease_until=None,
         **rows.result_values(result),
     )
+    crash.point("complete.changed")
     connection.execute(sql.FORGET_PREVIEWS, {"request_id": job.request_id})
+    crash.point("complete.previews_forgotten")
     note(connection, job.request_id, now)
+    crash.point("complete.noted")
     if job.webhook_url is not None:
         connection.execute(sql.OWE, rows.owed_values(job.request_id, job.webhook_url, now))
+        crash.point("complete.owed")
 
 
 def erase(connection: Connection, request_id: str) -> None:
     """Delete the input, the output and the log of a completed request; that it was one stays."""
     connection.execute(sql.FORGET_EVENTS, {"request_id": request_id})
+    crash.point("erase.log_forgotten")
     change(connection, request_id, input={}, **rows.result_values(JobResult.failure(Erased())))
+    crash.point("erase.changed")
 
 
 def forget(connection: Connection, request_ids: Sequence[str]) -> None:
     """Delete requests and all that hangs on them."""
     for statement in sql.FORGET:
         connection.execute(statement, {"request_ids": request_ids})
+        crash.point("forget.deleted")
 
 
 def held(connection: Connection, claim: Claim) -> RowMapping | None:

@@ -2,6 +2,7 @@
 
 from sqlalchemy import Connection
 
+from deployments import crash
 from deployments.queue import rows
 from deployments.queue import statements as sql
 from deployments.queue.transitions import Setback, complete, erase, forget, put_back
@@ -32,15 +33,20 @@ def sweep(connection: Connection, lease: LeaseSettings, times: dict[str, float])
     lapsed = connection.execute(sql.LAPSED, times).mappings().all()
     for row in lapsed:
         put_back(connection, row, Setback.LAPSED, lease, now)
+        crash.point("sweep.put_back")
     overdue = connection.execute(sql.OVERDUE, times).mappings().all()
     for row in overdue:
         complete(connection, rows.job(row), JobResult.failure(StartTimeout()), now)
+        crash.point("sweep.timed_out")
     unkept = connection.scalars(sql.UNKEPT, times).all()
     for request_id in unkept:
         erase(connection, request_id)
+        crash.point("sweep.erased")
     outlived = connection.scalars(sql.OUTLIVED, times).all()
     if outlived:
         forget(connection, outlived)
+        crash.point("sweep.forgot")
     connection.execute(sql.FORGET_OLD_KEYS, times)
+    crash.point("sweep.keys_forgotten")
     connection.execute(sql.FORGET_AUDIT, times)
     return len(lapsed) + len(overdue) + len(unkept) + len(outlived)

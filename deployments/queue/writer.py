@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
+from deployments import crash
 from deployments.queue.database import Operation
 from schemas.errors import StoreDown
 
@@ -55,9 +56,12 @@ class GroupWriter:
 
     def _write_groups(self) -> None:
         while group := self._next_group():
+            crash.point("group.gathered")
             outcomes = self._commit([operation for operation, _ in group])
+            crash.point("group.committed")
             for (_, done), outcome in zip(group, outcomes, strict=True):
                 _settle(done, outcome)
+                crash.point("group.settled")
 
     def _next_group(self) -> list[Pending]:
         """What waits now, at least one; empty at the end."""
@@ -81,6 +85,7 @@ class GroupWriter:
         except Exception as error:  # noqa: BLE001 - the top of the writer's loop; the callers get it
             if len(operations) == 1 or isinstance(error, StoreDown):
                 return [(None, self._explain(error))] * len(operations)
+        crash.point("group.undone")
         try:
             return self._run(operations, self._attempt)
         except Exception as error:  # noqa: BLE001 - as above
@@ -91,7 +96,13 @@ class GroupWriter:
         operations: Sequence[Operation[Any]],
         run_one: Callable[[Connection, Operation[Any]], Outcome],
     ) -> list[Outcome]:
-        return self._transact(lambda connection: [run_one(connection, operation) for operation in operations])
+        def work(connection: Connection) -> list[Outcome]:
+            crash.point("group.begun")
+            outcomes = [run_one(connection, operation) for operation in operations]
+            crash.point("group.ran")
+            return outcomes
+
+        return self._transact(work)
 
     def _attempt(self, connection: Connection, operation: Operation[Any]) -> Outcome:
         """Undone if it raises, without the rest of the transaction."""

@@ -23,8 +23,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from deployments import crash
 from schemas.settings import local_path
 
+DRAWING_S = 60.0  # a process that draws a key for so long is dead
 FIRST = 0  # when the first key begins to sign: nobody knows an older one
 
 
@@ -72,12 +74,15 @@ class Keyring:
         if keys[-1].signs_from > now:
             raise ValueError(f"a new key is published already; it signs from {keys[-1].signs_from} on")
         signs_from = int(now + self._overlap_s) + 1
+        self._clear(now)
         self._draw(signs_from)
+        crash.point("keyring.drawn")
         keys = self._keys()
         listed = self._listed(keys)
         for key in keys:
             if key not in listed:
                 self._path(key.signs_from).unlink(missing_ok=True)
+                crash.point("keyring.removed")
         return signs_from
 
     def _signing(self, keys: list[_Key]) -> _Key:
@@ -114,12 +119,20 @@ class Keyring:
             file.write(pem)
             file.flush()
             os.fsync(file.fileno())
+        crash.point("keyring.written")
         try:
             os.link(drawn, self._path(signs_from))  # never over another's
+            crash.point("keyring.linked")
         except FileExistsError:
             pass
         finally:
             drawn.unlink()
+
+    def _clear(self, now: float) -> None:
+        """Remove the copies of keys that were left by processes that died while they drew them."""
+        for drawn in self._folder.glob("*.new"):
+            if drawn.stat().st_mtime < now - DRAWING_S:
+                drawn.unlink(missing_ok=True)
 
     def _path(self, signs_from: int) -> Path:
         return self._folder / f"{signs_from}.pem"

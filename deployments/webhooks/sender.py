@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from deployments import crash
 from deployments.files.egress import Egress
 from deployments.files.guard import parse
 from deployments.queue import Outbox
@@ -88,6 +89,7 @@ class Sender:
         rooms = self._rooms(await self._outbox.due_hosts())
         begun = await self._outbox.claim(rooms) if rooms else []
         for delivery in begun:
+            crash.point("sender.begins")
             self._begin(delivery)
         return len(begun)
 
@@ -153,8 +155,10 @@ class Sender:
                     self._keyring.sign, delivery.request_id, delivery.tenant, self._outbox.now(), content
                 )
                 silence_s = self._settings.timeout_s
+                crash.point("sender.signed")
                 async with self._egress.ask(place, "POST", headers, silence_s, content) as response:
                     status = response.status_code
+                    crash.point("sender.answered")
                     await _hear_out(response)
         except (AssetError, httpx.ConnectError, httpx.ConnectTimeout) as error:
             logger.info("the webhook of %s: %s", delivery.request_id, error)
@@ -177,7 +181,9 @@ class Sender:
             outcome.status or outcome.error,
             state,
         )
+        crash.point("sender.settles")
         await _insist(partial(self._outbox.settle, delivery, outcome, state, again_at))
+        crash.point("sender.settled")
 
     def _verdict(self, delivery: Delivery, outcome: Outcome) -> tuple[DeliveryState, float | None]:
         """What becomes of a webhook, and the seconds until its next try."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 
 from deployments.queue import Queue, Setback, open_audit
 from deployments.queue.queue import LEAD_S
@@ -364,9 +365,25 @@ async def test_a_job_that_no_worker_took_keeps_its_start_deadline(queue: Queue, 
 async def test_a_job_that_started_in_time_may_be_tried_again_later(queue: Queue, clock: Clock) -> None:
     job = make_job(start_timeout_s=5.0)
     await queue.submit(job)
-    await queue.release(await only_claim(queue), Setback.CRASHED)
+    held = await only_claim(queue)
+    assert await queue.begin(held)
+    await queue.release(held, Setback.CRASHED)
+    assert not await queue.begin(held)
     clock.now += 60
     assert (await only_claim(queue)).job == job
+
+
+@pytest.mark.parametrize("setback", list(Setback))
+async def test_a_job_that_never_began_keeps_its_start_deadline(
+    queue: Queue, clock: Clock, setback: Setback
+) -> None:
+    job = make_job(start_timeout_s=5.0)
+    await queue.submit(job)
+    await queue.release(await only_claim(queue), setback)
+    clock.now += 60
+    assert await claim(queue) == []
+    assert await queue.sweep() == 1
+    assert (await result(queue, job)).error_type == "request_timeout"
 
 
 async def test_a_webhook_is_owed_in_the_transaction_that_ends_the_job(queue: Queue) -> None:
@@ -442,6 +459,15 @@ async def test_concurrent_submits_are_all_kept_in_one_order(queue: Queue) -> Non
     receipts = await asyncio.gather(*(queue.submit(job) for job in jobs))
     assert sorted(receipt.position for receipt in receipts) == list(range(300))
     assert len(await claim(queue, limit=1000)) == 300
+
+
+async def test_what_fails_in_the_database_tells_nothing_of_a_request(queue: Queue) -> None:
+    job = make_job(input={"prompt": "a word that is nobody else's"})
+    await queue.submit(job)
+    with pytest.raises(IntegrityError) as failed:
+        await queue.submit(job)
+    assert "INSERT INTO requests" in str(failed.value)
+    assert "nobody else" not in str(failed.value)
 
 
 async def test_a_second_submit_of_an_id_is_refused_and_harms_no_other(queue: Queue) -> None:

@@ -280,6 +280,13 @@ class QueueMachine(RuleBasedStateMachine):
         for request in held:
             request.lease_until = self.now + model.LEASE_S
 
+    @rule(claim=claims)
+    def set_to_work(self, claim: Claim) -> None:
+        request = self._held(claim)
+        assert self.run(self.queue.begin(claim)) == (request is not None)
+        if request is not None:
+            request.deadline = None
+
     @rule(claim=claims, has_preview=st.booleans())
     def record(self, claim: Claim, has_preview: bool) -> None:
         line = f"at {self.now}"
@@ -309,8 +316,6 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.run(self.queue.release(claim, setback, delay_s)) == (request is not None)
         if request is not None:
             counts, crashed = SETBACKS[setback]
-            if setback != Setback.UNSTARTED:
-                request.deadline = None  # it had begun in time
             self.book.put_back(request, counts=counts, crashed=crashed, delay_s=delay_s, now=self.now)
 
     def _held(self, claim: Claim) -> Request | None:

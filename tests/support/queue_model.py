@@ -173,7 +173,6 @@ class Book:
         """Do what is due. How many changes that were."""
         lapsed = [each for each in self.running() if each.lease_until < now]
         for each in lapsed:
-            each.deadline = None  # it had begun in time
             self.put_back(each, counts=True, crashed=False, delay_s=0.0, now=now)
         late = [each for each in self._in(State.QUEUED) if each.deadline is not None and each.deadline <= now]
         for each in late:

@@ -2,5 +2,10 @@
 
 from alembic import context
 
-context.configure(connection=context.config.attributes["connection"])
+from deployments import crash
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    on_version_apply=lambda **_: crash.point("migrate.stepped"),
+)
 context.run_migrations()
