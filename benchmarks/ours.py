@@ -5,7 +5,9 @@ from threading import Event
 
 from PIL.Image import Image as Picture
 
-from pipelines.base import AnyPipeline, Assets
+from pipelines import images
+from pipelines.base import AnyPipeline, Assets, Generation
+from pipelines.decoding import Decoding, Waiting
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from schemas.fields import EndpointInput
@@ -22,23 +24,39 @@ class Ours:
         self._preparing, self._finishing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._engine = Engine(pipeline.model.predict, batch_tokens)
         self._engine.start()
+        self._decoding = Decoding()
 
     def close(self) -> None:
         self._engine.close()
 
     def sample(self, request: EndpointInput, assets: Assets | None = None) -> Sample:
         """The finished sample of a request for one picture."""
-        preparing = self._preparing.submit(self._pipeline.prepare, request, assets or Assets(), 0)
-        [sample] = preparing.result().samples
+        return self._denoise(self._generation(request, assets))
+
+    def draw(self, request: EndpointInput, assets: Assets | None = None) -> Picture:
+        return self._finishing.submit(self._finish, self._waiting(request, assets)).result()
+
+    def _waiting(self, request: EndpointInput, assets: Assets | None) -> Waiting:
+        generation = self._generation(request, assets)
+        self._denoise(generation)
+        return self._decoding.add(self._pipeline, generation)
+
+    def _finish(self, waiting: Waiting) -> Picture:
+        [sample], pixels = waiting.generation.samples, self._decoding.pixels(waiting)
+        return images.from_tensor(pixels[sample]) if sample in pixels else self._pipeline.finish(sample)
+
+    def _generation(self, request: EndpointInput, assets: Assets | None) -> Generation:
+        return self._preparing.submit(self._pipeline.prepare, request, assets or Assets(), 0).result()
+
+    def _denoise(self, generation: Generation) -> Sample:
+        """Its one sample, finished."""
+        [sample] = generation.samples
         listener = _Listener()
         self._engine.add(sample, listener)
         listener.done.wait()
         if listener.error is not None:
             raise listener.error
         return sample
-
-    def draw(self, request: EndpointInput, assets: Assets | None = None) -> Picture:
-        return self._finishing.submit(self._pipeline.finish, self.sample(request, assets)).result()
 
 
 class _Listener:

@@ -32,6 +32,7 @@ from deployments.pictures.decoders import Decoders
 from deployments.progress import Progress
 from pipelines import images, registry, zoo
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
+from pipelines.decoding import Decoding
 from pipelines.engine.engine import Engine
 from pipelines.engine.memory import with_room
 from pipelines.exit import Encoded, Exit, Finished
@@ -64,10 +65,7 @@ _Fetched = Picture | Path | bytes | AssetError
 
 
 class Worker:
-    """One replica: a model, its endpoints' pipelines, an engine.
-
-    `seconds` is what a request has taken of late.
-    """
+    """One replica: a model, its endpoints' pipelines, an engine."""
 
     def __init__(self, settings: ModelSettings, files: FileStore) -> None:
         torch.set_num_threads(settings.cpu_threads or os.cpu_count() or 1)
@@ -82,6 +80,7 @@ class Worker:
         self._pipelines, model = _load(settings)
         self._holdings = Holdings(model)
         self._exit = Exit(_load_safety_checker(settings), settings.safety)
+        self._decodings = Decoding()
         self._decoders = Decoders(settings.picture_decoders)
         # as many as there are jobs: one that waits for room there must not stop another
         self._loading = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="load")
@@ -205,15 +204,15 @@ class Worker:
                 await self._denoise(job, pipeline, request, generation, emit)
                 watch.lap("denoise")
             # what is held stays: the decoder may be part of it
-            finished = await self._off_loop(
-                self._decoding, with_room, self._exit.finished, pipeline, generation
-            )
+            finished = await self._finish(pipeline, generation)
+            watch.lap("decode")
         pictures = [await self._store(job, generation, each) for each in finished.pictures]
         traces = {field: await self._store_trace(job, field, tar) for field, tar in finished.traces.items()}
-        watch.lap("decode")
+        watch.lap("upload")
         if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
-        timings = watch.timings()
+        timings = watch.timings() | _pace(generation, watch)
+        logger.debug("request %s in %s: %s", job.request_id, self._settings.dtype, timings)
         outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
         output = pipeline.answer(request, outcome)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
@@ -319,6 +318,20 @@ class Worker:
         output = pipeline.answer(request, Outcome(pictures, generation.seed, shown.flags, {}))
         return Previewed(output.model_dump(mode="json"))
 
+    async def _finish(self, pipeline: AnyPipeline, generation: Generation) -> Finished:
+        """Off the loop, with whatever else waits for the decoder by then."""
+        waiting = self._decodings.add(pipeline, generation)
+
+        def finish() -> Finished:
+            pixels = self._decodings.pixels(waiting)
+            return with_room(self._exit.finished, pipeline, generation, pixels)
+
+        try:
+            finished: Finished = await self._off_loop(self._decoding, finish)
+            return finished
+        finally:
+            self._decodings.drop(waiting)
+
     async def _store(self, job: Job, generation: Generation, encoded: Encoded) -> PictureFile:
         if generation.inline:
             return _inline(encoded)
@@ -412,8 +425,21 @@ class _Stopwatch:
         self._laps[stage] = round(now - self._last, 4)
         self._last = now
 
+    def seconds(self, stage: str) -> float:
+        return self._laps[stage]
+
     def timings(self) -> dict[str, float]:
         return {"inference": round(self._last - self._start, 4), **self._laps}
+
+
+def _pace(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
+    """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps."""
+    steps = [sample.step for sample in generation.samples]
+    if not any(steps):
+        return {}
+    rows = sum(sample.company for sample in generation.samples) / sum(steps)
+    pace = max(steps) / max(watch.seconds("denoise"), 1e-4)
+    return {"steps_per_second": round(pace, 2), "rows": round(rows, 2)}
 
 
 def _inline(encoded: Encoded) -> PictureFile:

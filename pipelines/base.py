@@ -45,6 +45,10 @@ class Model(ABC):
         The samples share a key. Answers have the shape of the sample's latents, in float32.
         """
 
+    def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
+        """The pixels [3, height, width] of those finished samples that are worth decoding in one call."""
+        return {}
+
     def on_device(self) -> set[str]:
         """Which of `Assets.weights` are loaded, ready for a request: their paths, or the ends of those."""
         return set()
@@ -93,7 +97,7 @@ class Outcome:
     pictures: tuple[PictureFile, ...]
     seed: int
     flags: tuple[bool, ...]  # marks pictures found unsafe
-    timings: Mapping[str, float]  # seconds
+    timings: Mapping[str, float]  # seconds by stage, `steps_per_second`, `rows`
     traces: Mapping[str, File] = field(default_factory=dict)  # tars of what `Pipeline.traces` names
 
     @property

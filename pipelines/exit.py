@@ -2,14 +2,16 @@
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from PIL.Image import Image as Picture
+from torch import Tensor
 
 from pipelines import images
 from pipelines.base import AnyPipeline, Generation, Glimpse
+from pipelines.engine.sample import Sample
 from schemas.settings import SafetyPolicy
 
 
@@ -57,9 +59,18 @@ class Exit:
         """Not where the operator has all pictures judged: the checker knows nothing of half-made ones."""
         return not self._always
 
-    def finished(self, pipeline: AnyPipeline, generation: Generation) -> Finished:
-        """The pictures, and those of their way: of what is unsafe in the end, the way is black too."""
-        drawn = [pipeline.finish(sample) for sample in generation.samples]
+    def finished(
+        self, pipeline: AnyPipeline, generation: Generation, pixels: Mapping[Sample, Tensor] | None = None
+    ) -> Finished:
+        """The pictures, and those of their way: of what is unsafe in the end, the way is black too.
+
+        Samples whose `pixels` are there already are not decoded.
+        """
+        known = pixels or {}
+        drawn = [
+            images.from_tensor(known[sample]) if sample in known else pipeline.finish(sample)
+            for sample in generation.samples
+        ]
         pictures, flags = self._judged(generation, drawn)
         traces = {
             field: _tar(self._judged_trace(generation, trace, flags))

@@ -337,6 +337,12 @@ class ModelSettings(Settings):
     )
     noise_bytes: int = Field(2**28, ge=0, description="RAM for the structured noise of inversions")
     lora_ram_bytes: int = Field(4 * 2**30, ge=0, description="LoRA files kept in RAM")
+    text_cache_bytes: int = Field(
+        2**28, ge=0, description="memory of the device for encoded texts, in case they come again; 0: none"
+    )
+    picture_cache_bytes: int = Field(
+        2**26, ge=0, description="the same for pictures that the VAE has encoded"
+    )
     cpu_threads: int | None = Field(None, ge=1, description="torch threads; null: all cores")
     picture_decoders: int = Field(
         2, ge=1, description="processes that decode the pictures in requests, at most 0.5 GiB each"

@@ -51,6 +51,10 @@ class _Resident:
     stop: int
     pins: int = 0
 
+    @property
+    def acts(self) -> bool:
+        return self.stop > self.start
+
 
 @dataclass(frozen=True, slots=True)
 class _Active:
@@ -190,6 +194,10 @@ class LoraBank:
             for name in names:
                 self._residents[name].pins -= 1
             self._changed.notify_all()
+
+    def acting(self, uses: Iterable[LoraUse]) -> tuple[LoraUse, ...]:
+        """Those of some held adapters that have layers here."""
+        return tuple(use for use in uses if self._residents[use.name].acts)
 
     @contextmanager
     def rows(self, uses: Sequence[Sequence[LoraUse]]) -> Iterator[None]:

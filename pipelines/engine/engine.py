@@ -99,7 +99,7 @@ class Engine:
             batch = choose(list(self._active), self._room)
         self._room = min(self._budget, self._room + 1 + self._room // GROWTH)
         for sample, outcome in zip(batch, self._outcomes(batch), strict=True):
-            self._tell(sample, outcome)
+            self._tell(sample, outcome, len(batch))
         self._turn += 1
 
     def _outcomes(self, batch: Sequence[Sample]) -> list[Advanced | Exception]:
@@ -125,7 +125,7 @@ class Engine:
             for sample, prediction in zip(batch, predictions, strict=True)
         ]
 
-    def _tell(self, sample: Sample, outcome: Advanced | Exception) -> None:
+    def _tell(self, sample: Sample, outcome: Advanced | Exception, company: int) -> None:
         listener = self._active.get(sample)
         if listener is None:  # removed while its step ran
             return
@@ -135,6 +135,7 @@ class Engine:
             return
         sample.accept(outcome)
         sample.last_turn = self._turn
+        sample.company += company
         listener.stepped(sample)
         if sample.is_done:
             self.remove(sample)

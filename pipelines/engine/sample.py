@@ -50,6 +50,7 @@ class Sample:
     step: int = 0  # steps done
     denoised: Tensor | None = None
     last_turn: int = -1  # the engine's turn that stepped it last; -1 before the first
+    company: int = 0  # samples of the batches that stepped it, itself included, over all steps
 
     @property
     def key(self) -> Hashable:

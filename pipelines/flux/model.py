@@ -18,6 +18,7 @@ from pipelines.adapters.lora import Lora
 from pipelines.adapters.lora import load as load_lora
 from pipelines.adapters.residents import Residents
 from pipelines.base import Model
+from pipelines.encodings import Encodings
 from pipelines.engine.sample import Sample
 from pipelines.flux import controlnet_file, easycontrol
 from pipelines.flux.controlnet_file import ControlNetConfig
@@ -29,7 +30,7 @@ from pipelines.flux.sampling import Grid, Shift, Spacing, pack, schedule, unpack
 from pipelines.flux.transformer import AdaptedTransformer
 from pipelines.images import fill, to_tensor
 from pipelines.preprocess import DepthEstimator
-from pipelines.vae import decode, encode
+from pipelines.vae import decode, decode_together, encode
 from schemas.errors import AssetError
 from schemas.settings import ModelSettings
 
@@ -51,8 +52,9 @@ class FluxModel(Model):
     ) -> None:
         self.limits = settings.limits
         self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
-        self.noises: Cache[Tensor] = Cache(settings.noise_bytes)  # structured ones, of inversions
+        self.noises: Cache[str, Tensor] = Cache(settings.noise_bytes)  # structured ones, of inversions
         self.targets = targets(components.transformer, components.text_encoder, components.text_encoder_2)
+        self._encodings: Encodings[Conditioning] = Encodings(settings)
         self._parts = components
         self._redux = redux
         self._depth = depth
@@ -61,8 +63,8 @@ class FluxModel(Model):
         self._dtype: torch.dtype = components.transformer.dtype
         self._norm_sizes = norms(components.transformer)
         self._translate = translator(self.targets, self._norm_sizes)
-        self._loras: Cache[Lora] = Cache(settings.lora_ram_bytes)
-        self._easycontrols: Cache[EasyControl] = Cache(settings.lora_ram_bytes)
+        self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
+        self._easycontrols: Cache[str, EasyControl] = Cache(settings.lora_ram_bytes)
         self._bank = LoraBank(self._linears("transformer"), settings.lora_rank)
         texts = self._linears("text_encoder") | self._linears("text_encoder_2")
         self._text_bank = LoraBank(texts, settings.lora_rank)
@@ -93,6 +95,15 @@ class FluxModel(Model):
 
         Redux's tokens for `pictures` follow the prompt's. Raises AssetError where there is no Redux.
         """
+        acting = self._text_bank.acting(loras)
+        text = self._encodings.texts.get((prompt, acting), lambda: self._encode_text(prompt, acting))
+        if not pictures:
+            return text
+        if self._redux is None:
+            raise _lacking("Redux model", "redux")
+        return Conditioning(torch.cat([text.tokens, self._redux.tokens(pictures)]), text.pooled)
+
+    def _encode_text(self, prompt: str, loras: Sequence[LoraUse]) -> Conditioning:
         with self._text_bank.rows([loras]):
             tokens, pooled, _ = self._parts.encode_prompt(
                 prompt=prompt,
@@ -100,15 +111,17 @@ class FluxModel(Model):
                 device=self._device,
                 max_sequence_length=self._max_sequence_length,
             )
-        if not pictures:
-            return Conditioning(tokens[0], pooled[0])
-        if self._redux is None:
-            raise _lacking("Redux model", "redux")
-        return Conditioning(torch.cat([tokens[0], self._redux.tokens(pictures)]), pooled[0])
+        return Conditioning(tokens[0], pooled[0])
 
     def encode_image(self, picture: Picture, grid: Grid) -> Tensor:
-        """A picture, fitted to the grid → packed latents [tokens, 64], float32: the posterior's mode."""
-        return self.encode_pixels(self.pixels(picture, grid))
+        """A picture, fitted to the grid → packed latents [tokens, 64], float32: the posterior's mode.
+
+        They are shared with others and stay as they are.
+        """
+        fitted = fill(picture, grid.width, grid.height)
+        return self._encodings.picture(
+            "vae", fitted, lambda each: self.encode_pixels(self.as_weights(to_tensor(each)))
+        )
 
     def pixels(self, picture: Picture, grid: Grid) -> Tensor:
         """A picture, fitted to the grid → [3, height, width] in [-1, 1], in the model's dtype."""
@@ -199,6 +212,12 @@ class FluxModel(Model):
         return self._decode(unpack(latents, grid))
 
     @torch.inference_mode()
+    def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
+        scaled = [self._scaled(unpack(each.latents, plan_of(each).grid)) for each in samples]
+        pixels = decode_together(self._parts.vae, scaled)
+        return {samples[place]: each for place, each in pixels.items()}
+
+    @torch.inference_mode()
     def decode_small(self, latents: Tensor, grid: Grid) -> Tensor:
         """As `decode`, shrunk to at most 256 pixels a side before the VAE sees it."""
         shrink = min(1.0, PREVIEW_TOKENS / max(grid.rows, grid.columns))
@@ -207,9 +226,13 @@ class FluxModel(Model):
         return self._decode(small)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        vae = self._parts.vae
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return decode(vae, scaled)
+        return decode(self._parts.vae, self._scaled(latents))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """As the VAE has them."""
+        config = self._parts.vae.config
+        scaled: Tensor = latents / config.scaling_factor + config.shift_factor
+        return scaled
 
 
 def _lacking(what: str, setting: str) -> AssetError:

@@ -34,6 +34,10 @@ class Conditioning:
     tokens: Tensor  # [length, width of T5], the model's dtype
     pooled: Tensor  # [width of CLIP]
 
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.pooled.nbytes
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapters:

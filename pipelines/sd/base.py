@@ -16,6 +16,7 @@ from pipelines import vae
 from pipelines.adapters.bank import LoraBank, LoraUse
 from pipelines.adapters.lora import Lora
 from pipelines.adapters.lora import load as load_lora
+from pipelines.encodings import Encodings
 from pipelines.engine.sample import Sample
 from pipelines.images import fill, to_tensor
 from pipelines.sd import controlnet_file, ic_light, ip_adapter_file
@@ -29,7 +30,7 @@ from pipelines.sd.ip_adapter import IpAdapter
 from pipelines.sd.lora_keys import targets, translator
 from pipelines.sd.parts import Parts
 from pipelines.sd.plan import SdPlan
-from pipelines.sd.text import Encoding, encode
+from pipelines.sd.text import Encoding, Known, encode
 from pipelines.sd.unet import AdaptedUnet
 
 PREVIEW_CELLS = 32  # the longer side of a preview, in cells of 8 pixels
@@ -39,21 +40,25 @@ class Base:
     """The components of a checkpoint, called by our own loop.
 
     `name` tells it apart from all others. A forward of its UNet holds at most `batch_tokens` image tokens.
-    `text_bank` is that of another base with the same text encoders.
+    `text_bank` and `origin` are those of another base with the same text encoders and the same VAE.
     """
 
     def __init__(
         self,
         name: str,
         parts: Parts,
+        encodings: Encodings[Encoding],
         lora_rank: int,
         batch_tokens: int,
         text_bank: LoraBank | None = None,
+        origin: object = None,
     ) -> None:
         self.name = name
         self.kind = parts.kind
         self.scheduler_config = parts.scheduler_config
         self._parts = parts
+        self._encodings = encodings
+        self._origin = origin or object()  # stands for the encoders; a loaded model's is never another's
         self._device: torch.device = parts.unet.device
         self._dtype: torch.dtype = parts.unet.dtype
         self.channels: int = parts.unet.config.in_channels  # 4, and more that are read beside the latents
@@ -65,7 +70,12 @@ class Base:
         self._text_bank = text_bank or LoraBank(texts, lora_rank)
         self._unet = AdaptedUnet(parts.unet, self._bank, batch_tokens)
         self._make_like_this = partial(
-            Base, lora_rank=lora_rank, batch_tokens=batch_tokens, text_bank=self._text_bank
+            Base,
+            encodings=encodings,
+            lora_rank=lora_rank,
+            batch_tokens=batch_tokens,
+            text_bank=self._text_bank,
+            origin=self._origin,
         )
 
     @property
@@ -84,20 +94,37 @@ class Base:
         embeddings: Sequence[TokenEmbedding] = (),
     ) -> list[Encoding]:
         """As `text.encode`, with held adapters applied."""
-        with self._text_bank.rows([loras]):
-            return encode(self._parts, texts, weighted=weighted, clip_skip=clip_skip, embeddings=embeddings)
+        acting = self._text_bank.acting(loras)
+        known = Known(self._encodings.texts, (self._origin, acting))
+        with self._text_bank.rows([acting]):
+            return encode(
+                self._parts, texts, known, weighted=weighted, clip_skip=clip_skip, embeddings=embeddings
+            )
 
     @torch.inference_mode()
     def encode_image(self, picture: Picture, grid: Grid) -> Tensor:
-        """A picture, fitted to the grid → latents [4, rows, columns], float32: the posterior's mode."""
-        pixels = to_tensor(fill(picture, grid.width, grid.height))
+        """A picture, fitted to the grid → latents [4, rows, columns], float32: the posterior's mode.
+
+        They are shared with others and stay as they are.
+        """
         scale: float = self._parts.vae.config.scaling_factor
-        return vae.encode(self._parts.vae, pixels) * scale
+        return self._encodings.picture(
+            self._origin,
+            fill(picture, grid.width, grid.height),
+            lambda fitted: vae.encode(self._parts.vae, to_tensor(fitted)) * scale,
+        )
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [4, rows, columns] → pixels [3, height, width] in about [-1, 1], float32."""
         return vae.decode(self._parts.vae, latents / self._parts.vae.config.scaling_factor)
+
+    @torch.inference_mode()
+    def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
+        """As Model.decode_together, for samples that all ran on this base."""
+        scale: float = self._parts.vae.config.scaling_factor
+        pixels = vae.decode_together(self._parts.vae, [each.latents / scale for each in samples])
+        return {samples[place]: each for place, each in pixels.items()}
 
     def decode_small(self, latents: Tensor) -> Tensor:
         """As `decode`, shrunk to at most 256 pixels a side before the VAE sees it."""

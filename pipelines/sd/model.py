@@ -1,6 +1,6 @@
 """Stable Diffusion's resident weights: base models, and what stands beside them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
@@ -15,12 +15,14 @@ from pipelines.adapters.cache import Cache
 from pipelines.adapters.lora import Lora
 from pipelines.adapters.residents import Residents, Wanted
 from pipelines.base import Model
+from pipelines.encodings import Encodings
 from pipelines.engine.sample import Sample
 from pipelines.faces import FaceAnalyser
 from pipelines.sd import image_encoder, loading
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.checkpoints import LIMITS
 from pipelines.sd.expand import Expander
+from pipelines.sd.text import Encoding
 from schemas.settings import ModelSettings
 
 
@@ -47,7 +49,8 @@ class SdModel(Model):
         self._settings = settings
         self._source = source
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._loras: Cache[Lora] = Cache(settings.lora_ram_bytes)
+        self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
+        self._encodings: Encodings[Encoding] = Encodings(settings)
         self._faces = cache(partial(FaceAnalyser.load, device=settings.device))
         own = self._wanted(str(source), source)
         self.base = own.load()
@@ -107,6 +110,12 @@ class SdModel(Model):
         base: Base = plan_of(samples[0]).base  # part of the samples' key
         return base.predict(samples)
 
+    def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
+        by_base: dict[Base, list[Sample]] = {}
+        for sample in samples:
+            by_base.setdefault(plan_of(sample).base, []).append(sample)
+        return {s: each for base, own in by_base.items() for s, each in base.decode_together(own).items()}
+
     def _located(self, path: Path) -> Path | str:
         """The settings' own model is called by its source there, wherever it lies."""
         return self._source if path == Path(self._settings.model) else path
@@ -119,6 +128,6 @@ class SdModel(Model):
 
         def load() -> Base:
             parts = blueprint().load(settings.device)
-            return Base(name, parts, settings.lora_rank, settings.batch_tokens)
+            return Base(name, parts, self._encodings, settings.lora_rank, settings.batch_tokens)
 
         return Wanted(lambda: blueprint().nbytes, load)

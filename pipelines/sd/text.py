@@ -5,15 +5,17 @@ their layers act; one thread at a time may do so.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipelines.adapters.cache import Cache
 from pipelines.sd.embeddings import TokenEmbedding
 from pipelines.sd.parts import Parts
 from pipelines.sd.prompt import Break, Piece, parse
@@ -31,11 +33,24 @@ class Encoding:
     tokens: Tensor  # [77·k, width]; for SDXL both encoders' widths side by side
     pooled: Tensor | None  # [width of the second encoder's projection], SDXL only
 
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """The chunks that were encoded before. `name` stands for the encoders and all that acts in them."""
+
+    chunks: Cache[Hashable, Encoding]
+    name: Hashable
+
 
 @torch.inference_mode()
 def encode(
     parts: Parts,
     texts: Sequence[str | None],
+    known: Known | None = None,
     *,
     weighted: bool,
     clip_skip: int = 0,
@@ -54,8 +69,10 @@ def encode(
 
     `clip_skip` leaves out that many of the last layers, in all texts (in diffusers, not in the negative
     one); SDXL's pooled vector comes from all of them. Raises AssetError where that leaves none.
+
+    A chunk that is `known` is not encoded again.
     """
-    readers = _readers(parts, clip_skip, embeddings)
+    readers = _readers(parts, known or Known(Cache(0), None), clip_skip, embeddings)
     chunked = [[reader.chunks(text or "", weighted) for reader in readers] for text in texts]
     count = max(len(chunks) for each in chunked for chunks in each)
     encodings = [_side_by_side(readers, each, count) for each in chunked]
@@ -64,13 +81,14 @@ def encode(
     return [_zeros(each) if text is None else each for text, each in zip(texts, encodings, strict=True)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """A place in an encoder's input."""
+    """A place in an encoder's input. Equal ones are read alike."""
 
     id: int
     weight: float
-    vector: Tensor | None = None  # [width], read instead of the id's
+    vector: Tensor | None = field(default=None, compare=False)  # [width], read instead of the id's
+    content: bytes = b""  # the vector's
 
 
 _Unit = tuple[_Place, ...]  # a token, or the vectors of an embedding, which stay in one chunk
@@ -84,10 +102,12 @@ _STAND_IN = 0
 class _Reader:
     """A text encoder with its tokenizer, and the words it is taught."""
 
+    number: int  # among the model's
+    known: Known
     tokenizer: Any
     encoder: Any
     words: re.Pattern[str]  # ends in a group for each of `vectors`
-    vectors: Sequence[Tensor]  # [n, width], on the encoder's device
+    vectors: Sequence[Sequence[_Place]]  # of weight 1
     layer: int  # of the hidden states, as an index from their end
     norm: nn.Module  # after it
 
@@ -116,7 +136,7 @@ class _Reader:
         for word in self.words.finditer(text):
             assert word.lastindex is not None, "every word ends in a group"
             yield from self._spelled(text[at : word.start()], weight)
-            yield tuple(_Place(_STAND_IN, weight, row) for row in self.vectors[word.lastindex - 1])
+            yield tuple(replace(place, weight=weight) for place in self.vectors[word.lastindex - 1])
             at = word.end()
         yield from self._spelled(text[at:], weight)
 
@@ -128,6 +148,10 @@ class _Reader:
             yield (_Place(token, weight),)
 
     def _encode(self, chunk: _Chunk) -> Encoding:
+        name = self.known.name, self.number, self.layer, chunk
+        return self.known.chunks.get(name, lambda: self._encode_anew(chunk))
+
+    def _encode_anew(self, chunk: _Chunk) -> Encoding:
         """One chunk, alone in its batch, so that its numbers do not depend on what else is encoded."""
         ids = [self.tokenizer.bos_token_id, *(place.id for place in chunk), self.tokenizer.eos_token_id]
         ids += [self.tokenizer.pad_token_id] * (WINDOW - len(ids))
@@ -138,7 +162,9 @@ class _Reader:
         return Encoding(_emphasised(tokens, chunk), pooled[0] if pooled is not None else None)
 
 
-def _readers(parts: Parts, clip_skip: int, embeddings: Sequence[TokenEmbedding]) -> list[_Reader]:
+def _readers(
+    parts: Parts, known: Known, clip_skip: int, embeddings: Sequence[TokenEmbedding]
+) -> list[_Reader]:
     """One for each text encoder. SD1 and SD2 read the last layer, normed; SDXL the one before, as it is."""
     taught: list[TokenEmbedding] = []
     words = re.compile(_any_of([(each.token, each) for each in embeddings], taught) or "(?!)", re.I)
@@ -146,10 +172,21 @@ def _readers(parts: Parts, clip_skip: int, embeddings: Sequence[TokenEmbedding])
     readers = []
     for number, (tokenizer, encoder) in enumerate(zip(parts.tokenizers, parts.text_encoders, strict=True)):
         _check_skip(clip_skip, encoder.config.num_hidden_layers)
-        vectors = [each.vectors[number].to(encoder.device, encoder.dtype) for each in taught]
+        vectors = [_places(each.vectors[number], encoder) for each in taught]
         norm = nn.Identity() if sdxl else _layers_of(encoder).final_layer_norm
-        readers.append(_Reader(tokenizer, encoder, words, vectors, -(2 if sdxl else 1) - clip_skip, norm))
+        layer = -(2 if sdxl else 1) - clip_skip
+        readers.append(_Reader(number, known, tokenizer, encoder, words, vectors, layer, norm))
     return readers
+
+
+def _places(vectors: Tensor, encoder: Any) -> list[_Place]:
+    """Where an encoder reads vectors [n, width], which are on the CPU."""
+    read = vectors.to(encoder.device, encoder.dtype)
+    contents = [row.contiguous().view(torch.uint8).numpy().tobytes() for row in vectors]
+    return [
+        _Place(_STAND_IN, 1.0, row, sha256(content).digest())
+        for row, content in zip(read, contents, strict=True)
+    ]
 
 
 def _any_of(ends: Sequence[tuple[str, TokenEmbedding]], taught: list[TokenEmbedding]) -> str:

@@ -73,7 +73,7 @@ def lora_files(flux: FluxModel, tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture
 def edit(flux: FluxModel) -> flux_general_rf_inversion.Pipeline:
     """rf-inversion, with no inversion known."""
-    flux.noises._values.clear()
+    flux.noises.clear()
     return flux_general_rf_inversion.Pipeline(flux)
 
 

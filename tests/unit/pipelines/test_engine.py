@@ -139,6 +139,12 @@ def test_a_plan_that_fails_fails_alone_and_no_row_is_stepped_twice() -> None:
     assert good.latents.item() == 3
 
 
+def test_a_sample_knows_how_many_shared_its_steps() -> None:
+    short, long = sample("short", 2), sample("long", 4)
+    run_to_end(Engine(Model(), budget=10), [short, long])
+    assert (short.company, long.company) == (2 + 2, 2 + 2 + 1 + 1)
+
+
 def out_of_memory() -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

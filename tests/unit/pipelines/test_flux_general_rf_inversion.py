@@ -368,7 +368,7 @@ def test_a_batch_of_all_flux_endpoints_equals_separate_runs(
     ]
 
     def prepared() -> list[Generation]:
-        flux.noises._values.clear()
+        flux.noises.clear()
         files: dict[str, Any] = {URL: start, **lora_files}
         return [
             flux_dev.Pipeline(flux).prepare(plain, Assets(), 0),

@@ -374,7 +374,7 @@ def test_a_batch_of_rows_with_different_guides_equals_separate_runs(
     ]
 
     def prepared() -> list[Generation]:
-        edit.model.noises._values.clear()
+        edit.model.noises.clear()
         return [prepare(edit, start, wish, files) for wish in wishes]
 
     together = prepared()
