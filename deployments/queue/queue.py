@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
 MAX_POSITION = 10_000  # positions beyond are told as this: each look would cost more than a start
+MAX_RECEIPT_POSITION = 1_000  # and in the receipt, where the next submit waits for the count
 LEAD_S = 5.0  # a leader that is not heard of for so long is followed by another
 
 
@@ -124,7 +125,7 @@ class Queue:
             "model": job.model,
             "priority": job.priority,
             "tenant": job.tenant,
-            "most": max(MAX_POSITION, (max_ahead or 0) + 1),
+            "most": max(MAX_RECEIPT_POSITION, (max_ahead or 0) + 1),
         }
 
         def operation(connection: Connection) -> Receipt | RequestError:

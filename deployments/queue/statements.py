@@ -41,11 +41,12 @@ _of_priority = and_(_of_model, requests.c.priority == bindparam("priority"))
 
 # Start-time fair queuing (Goyal, Vin and Cheng, SIGCOMM 1996, equation 1) with every request of the same
 # cost: a request's turn is the one after its tenant's last, but never before what is served now.
-_after_own = select((func.max(requests.c.turn) + 1).label("turn")).where(
-    _of_priority, requests.c.tenant == bindparam("tenant")
-)
-_served_now = select(func.min(requests.c.turn).label("turn")).where(_of_priority)
-_turns = union_all(_after_own, _served_now).subquery()
+_of_own = select(requests.c.turn + 1).where(_of_priority, requests.c.tenant == bindparam("tenant"))
+_served = select(requests.c.turn).where(_of_priority)
+# Not max and min, for which PostgreSQL reads all of a queue whose growth its statistics have not seen.
+_after_own = _of_own.order_by(requests.c.turn.desc()).limit(1).scalar_subquery()
+_served_now = _served.order_by(requests.c.turn).limit(1).scalar_subquery()
+_turns = union_all(select(_after_own.label("turn")), select(_served_now)).subquery()
 _own = select(func.coalesce(func.max(_turns.c.turn), 0).label("turn")).cte("own")
 
 _higher = select(requests.c.seq).where(_of_model, requests.c.priority < bindparam("priority"))
