@@ -36,7 +36,7 @@ class Job:
     start_timeout_s: float | None = None  # must start within, counted from acceptance
     webhook_url: str | None = None
     previews: bool = False  # the caller watches pictures form
-    retries: bool = True  # whether it runs again after the loss of its worker
+    max_retries: int | None = None  # after the loss of its worker; None: as often as the server will
     stores_io: bool = True  # whether its input and output stay after the result was due to be fetched
     tags: tuple[str, ...] = ()  # the caller's own words for it
     keep_s: int | None = None  # how long the output's files are kept; None: for good

@@ -62,7 +62,7 @@ class Wishes:
     keep_s: int | None = None  # how long the output's files are kept; None: as the settings say
     previews: bool = False
     waits: bool = False  # it is a run: the caller stays for the result
-    retries: bool = True  # run again after the loss of a worker
+    max_retries: int | None = None  # after the loss of a worker; None: as often as the server will
     stores_io: bool = True  # keep input and output as long as any
     tags: tuple[str, ...] = ()
     idempotency_key: str | None = None  # what comes again under it is the same request
@@ -149,7 +149,7 @@ class Gateway:
             start_timeout_s=wishes.start_timeout_s,
             webhook_url=wishes.webhook_url,
             previews=wishes.previews,
-            retries=wishes.retries,
+            max_retries=wishes.max_retries,
             stores_io=wishes.stores_io,
             tags=wishes.tags,
             keep_s=wishes.keep_s or self.settings.keep.files_s,

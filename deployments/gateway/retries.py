@@ -1,4 +1,4 @@
-"""Whether a caller wants its request tried again: two headers of fal's.
+"""How often a caller wants its request tried again: two headers of fal's.
 
 fal has a budget for each of three conditions. Two of them are ours, the loss of a worker, whichever way it
 shows; a request that ran for too long is never run again here.
@@ -26,14 +26,14 @@ class _Budgets(RootModel[dict[Literal["server_error", "timeout", "connection_err
     pass
 
 
-def wanted(headers: Headers) -> bool:
-    """Whether a request may run again after the loss of its worker: not if its budget for that is 0.
+def most(headers: Headers) -> int | None:
+    """How often a request may run again after the loss of its worker, None: as often as the server will.
 
-    How often is the server's to say. Raises BadRequest.
+    The server's own limits hold beside it. Raises BadRequest.
     """
     refuses, budgets = flag(headers, NONE, default=False), _budgets(headers.get(BUDGETS, "{}"))
-    lost = (budget.retries for condition, budget in budgets.root.items() if condition != "timeout")
-    return all(lost) and not refuses
+    lost = [budget.retries for condition, budget in budgets.root.items() if condition != "timeout"]
+    return 0 if refuses else min(lost, default=None)
 
 
 def _budgets(text: str) -> _Budgets:

@@ -37,7 +37,7 @@ def read(request: Request, *, previews: bool, waits: bool = False) -> Wishes:
         max_queue_length=_max_queue_length(request),
         previews=previews,
         waits=waits,
-        retries=retries.wanted(request.headers),
+        max_retries=retries.most(request.headers),
         stores_io=flag(request.headers, "x-fal-store-io", default=True),
         tags=_tags(request),
         idempotency_key=_idempotency_key(request),

@@ -32,7 +32,7 @@ def job(row: RowMapping) -> Job:
         start_timeout_s=row["start_timeout_s"],
         webhook_url=row["webhook_url"],
         previews=row["previews"],
-        retries=row["retries"],
+        max_retries=row["max_retries"],
         stores_io=row["stores_io"],
         tags=tuple(row["tags"] or ()),
         keep_s=row["keep_s"],

@@ -46,7 +46,7 @@ requests = Table(
     Column("webhook_url", Text),
     Column("previews", Boolean, nullable=False),
     Column("start_timeout_s", Float),
-    Column("retries", Boolean, nullable=False, server_default=true()),
+    Column("max_retries", Integer),
     Column("stores_io", Boolean, nullable=False, server_default=true()),
     Column("tags", JSON(none_as_null=True)),
     Column("keep_s", BigInteger),

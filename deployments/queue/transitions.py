@@ -58,7 +58,7 @@ def put_back(
     attempts = row["attempts"] - (not is_start)
     if row["cancel_requested"]:
         complete(connection, rows.job(row), JobResult.failure(Cancelled()), now)
-    elif is_start and (not row["retries"] or crashes >= lease.max_crashes or attempts >= lease.max_attempts):
+    elif is_start and (attempts >= _most_starts(row, lease) or crashes >= lease.max_crashes):
         lost = WorkerLost(f"The request was given up after {attempts} starts and {crashes} lost workers.")
         complete(connection, rows.job(row), JobResult.failure(lost), now)
     else:
@@ -76,6 +76,11 @@ def put_back(
         crash.point("put_back.changed")
         note(connection, row["request_id"], now)
         crash.point("put_back.noted")
+
+
+def _most_starts(row: RowMapping, lease: LeaseSettings) -> int:
+    retries = row["max_retries"]
+    return lease.max_attempts if retries is None else min(retries + 1, lease.max_attempts)
 
 
 def complete(connection: Connection, job: Job, result: JobResult, now: float) -> None:

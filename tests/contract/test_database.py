@@ -40,7 +40,7 @@ async def test_every_kind_of_value_comes_back_as_it_was(queue: Queue) -> None:
         "words": "ünï ☂ 🦊 \\u0000 ' \" %s :name \u2028",
         "": [[], {}, [None, False, 0, 0.0, ""]],
     }
-    job = make_job(input=odd, tags=("é", ":x", "%s"), keep_s=2**40, retries=False, start_timeout_s=0.1)
+    job = make_job(input=odd, tags=("é", ":x", "%s"), keep_s=2**40, max_retries=0, start_timeout_s=0.1)
     await queue.submit(job, [Logged("100 % ☂ 'quoted'")])
     [claim] = await queue.claim("flux", "one", 1)
     assert claim.job == job

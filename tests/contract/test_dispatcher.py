@@ -153,7 +153,7 @@ async def test_a_worker_that_ends_without_a_result_is_taken_for_lost(
 ) -> None:
     model.outcome = cast(Callable[[Job], JobResult], lambda job: None)
     model.open.set()
-    job = make_job(retries=False)
+    job = make_job(max_retries=0)
     await queue.submit(job)
     assert (await end(queue, job)).error_type == "runner_disconnected"
 
@@ -538,7 +538,7 @@ async def test_what_is_not_to_be_retried_ends_with_its_first_worker(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
 ) -> None:
     model.failures = [WorkerLost("gone")]
-    job = make_job(retries=False)
+    job = make_job(max_retries=0)
     await queue.submit(job)
     result = await end(queue, job)
     assert (result.status, result.error_type) == (503, "runner_disconnected")
@@ -567,7 +567,7 @@ async def test_t22_a_request_that_ended_has_one_line_in_the_log(
     model.open.set()
     for job, failure, end_of_it in (
         (make_job(tenant="alice"), None, (200, None)),
-        (make_job(tenant="bob", retries=False), WorkerLost("gone"), (503, "runner_disconnected")),
+        (make_job(tenant="bob", max_retries=0), WorkerLost("gone"), (503, "runner_disconnected")),
         (make_job(tenant="carol", endpoint_id=STYLED), InternalError("bad"), None),
     ):
         model.failures = [failure] if isinstance(failure, WorkerLost) else []

@@ -287,10 +287,26 @@ async def test_a_job_that_nobody_could_keep_is_given_up_after_its_last_start(
 
 
 @pytest.mark.parametrize("setback", [Setback.CRASHED, Setback.LAPSED])
+@pytest.mark.parametrize("most", [1, 2, 20])
+async def test_a_job_is_retried_as_often_as_its_caller_and_the_server_allow(
+    queue: Queue, clock: Clock, most: int, setback: Setback
+) -> None:
+    job = make_job(max_retries=most)
+    await queue.submit(job)
+    starts = 0
+    while await state(queue, job) != State.COMPLETED:
+        clock.now += 10_000
+        await queue.release(await only_claim(queue), setback)
+        starts += 1
+    of_server = LEASE.max_crashes if setback is Setback.CRASHED else LEASE.max_attempts
+    assert starts == min(most + 1, of_server)
+
+
+@pytest.mark.parametrize("setback", [Setback.CRASHED, Setback.LAPSED])
 async def test_a_job_that_is_not_to_be_retried_ends_with_its_first_start(
     queue: Queue, clock: Clock, setback: Setback
 ) -> None:
-    job = make_job(retries=False)
+    job = make_job(max_retries=0)
     await queue.submit(job)
     await queue.release(await only_claim(queue), Setback.UNSTARTED)
     await queue.release(await only_claim(queue), Setback.RETURNED)
@@ -633,8 +649,9 @@ async def test_the_audit_is_kept_for_its_time(queue: Queue, clock: Clock, queue_
 
 async def test_positions_are_counted_up_to_a_number(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.queue.queue.MAX_POSITION", 2)
+    monkeypatch.setattr("deployments.queue.queue.MAX_RECEIPT_POSITION", 1)
     receipts = [await queue.submit(make_job()) for _ in range(5)]
-    assert [receipt.position for receipt in receipts] == [0, 1, 2, 2, 2]
+    assert [receipt.position for receipt in receipts] == [0, 1, 1, 1, 1]
     with pytest.raises(QueueFull):
         await queue.submit(make_job(), max_ahead=4)
     assert (await queue.submit(make_job(), max_ahead=5)).position == 5

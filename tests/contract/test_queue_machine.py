@@ -150,7 +150,7 @@ class QueueMachine(RuleBasedStateMachine):
         priority=st.sampled_from(Priority),
         start_timeout_s=st.sampled_from((None, None, 5.0, 40.0)),
         has_webhook=st.booleans(),
-        retries=st.sampled_from((True, True, False)),
+        max_retries=st.sampled_from((None, None, 0, 1, 20)),
         stores_io=st.booleans(),
         max_ahead=st.sampled_from((None, None, None, 2)),
         key=st.sampled_from((None, None, "k", "l")),
@@ -163,7 +163,7 @@ class QueueMachine(RuleBasedStateMachine):
         priority: Priority,
         start_timeout_s: float | None,
         has_webhook: bool,
-        retries: bool,
+        max_retries: int | None,
         stores_io: bool,
         max_ahead: int | None,
         key: str | None,
@@ -175,7 +175,7 @@ class QueueMachine(RuleBasedStateMachine):
             priority=priority,
             start_timeout_s=start_timeout_s,
             webhook_url=f"https://{HOST}/hook" if has_webhook else None,
-            retries=retries,
+            max_retries=max_retries,
             stores_io=stores_io,
         )
         request_id = self._submit(job, max_ahead, None if key is None else Once(key, asked))

@@ -149,8 +149,9 @@ class Book:
         if request.cancel_asked:
             self.end(request, "cancelled", now)
             return
-        had_enough = request.crashes >= MAX_CRASHES or request.attempts >= MAX_ATTEMPTS
-        if counts and (had_enough or not request.job.retries):
+        retries = request.job.max_retries
+        most = MAX_ATTEMPTS if retries is None else min(retries + 1, MAX_ATTEMPTS)
+        if counts and (request.attempts >= most or request.crashes >= MAX_CRASHES):
             self.end(request, "lost", now)
             return
         request.state = State.QUEUED
