@@ -288,9 +288,8 @@ class Dispatcher:
         """One log line for a request that has ended, as the queue knows it."""
         with contextlib.suppress(StoreDown):
             record = await self._queue.get(job.request_id, job.tenant)
-            if record is not None and record.result is not None:
-                told = logs.outcome(record, record.result)
-                logger.info("request ended: %s", logs.words(told), extra={"fields": told})
+            if record is not None:
+                logs.report(record)
 
     async def _renew(self) -> None:
         """Renew the leases; stop what was lost."""

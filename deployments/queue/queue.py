@@ -9,11 +9,7 @@ The order of a model's requests: by priority, then in turns among the tenants, a
 order of acceptance.
 """
 
-import asyncio
-import contextvars
-import logging
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,10 +17,11 @@ from typing import TypeVar
 from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from deployments import crash
+from deployments import crash, logs
 from deployments.queue import audit, limits, rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
+from deployments.queue.feed import Feed
 from deployments.queue.transitions import Setback, append, change, complete, erase, held, note, put_back, take
 from schemas.access import Action, Actor
 from schemas.errors import BadRequest, Cancelled, Erased, KeyReused, QueueFull, RequestError
@@ -45,9 +42,6 @@ from schemas.settings import LeaseSettings, Retention
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
-LOOK_AGAIN_S = 1.0  # a change whose bell was lost is seen after so long
 MAX_POSITION = 10_000  # positions beyond are told as this: each look would cost more than a start
 MAX_RECEIPT_POSITION = 1_000  # and in the receipt, where the next submit waits for the count
 LEAD_S = 5.0  # a leader that is not heard of for so long is followed by another
@@ -76,8 +70,7 @@ class Queue:
         self._lease = lease
         self._keep = keep or Retention()
         self._clock = clock
-        self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        self._feed: asyncio.Task[None] | None = None
+        self._feed = Feed(database)
 
     @property
     def is_alive(self) -> bool:
@@ -85,8 +78,7 @@ class Queue:
         return self._database.is_alive
 
     async def close(self) -> None:
-        if self._feed is not None:
-            self._feed.cancel()
+        self._feed.close()
         await self._database.close()
 
     # --- the caller's side ---
@@ -209,16 +201,8 @@ class Queue:
 
         Each snapshot has the events since the one before.
         """
-        if self._feed is None or self._feed.done():
-            # in a clean context: it outlives the request that first watched
-            self._feed = asyncio.get_running_loop().create_task(
-                self._run_feed(), context=contextvars.Context()
-            )
-        changed = asyncio.Event()
-        changed.set()
-        self._watchers[request_id].add(changed)
         seen, after = None, 0
-        try:
+        with self._feed.watched(request_id) as changed:
             while seen is None or seen.state != State.COMPLETED:
                 await changed.wait()
                 changed.clear()
@@ -229,24 +213,20 @@ class Queue:
                 if news or record != seen:
                     yield Snapshot(record, tuple(news))
                 seen = record
-        finally:
-            self._watchers[request_id].discard(changed)
-            if not self._watchers[request_id]:
-                del self._watchers[request_id]
 
     async def cancel(self, request_id: str, tenant: str, by: Actor | None = None) -> CancelOutcome:
         """Give a request up. One that waits ends here; one that runs ends within a step. Without `by` the
         server does it, for a caller that has left."""
         now = self._clock()
 
-        def operation(connection: Connection) -> CancelOutcome:
+        def operation(connection: Connection) -> tuple[CancelOutcome, Record | None]:
             record = _find(connection, request_id, tenant)
             if record is None:
-                return CancelOutcome.NOT_FOUND
+                return CancelOutcome.NOT_FOUND, None
             if record.state == State.COMPLETED:
-                return CancelOutcome.ALREADY_COMPLETED
+                return CancelOutcome.ALREADY_COMPLETED, None
             if record.cancel_requested:
-                return CancelOutcome.REQUESTED
+                return CancelOutcome.REQUESTED, None
             if record.state == State.QUEUED:
                 crash.point("cancel.waits")
                 complete(connection, record.job, JobResult.failure(Cancelled()), now)
@@ -256,10 +236,12 @@ class Queue:
                 crash.point("cancel.marked")
                 note(connection, request_id, now)
             audit.note(connection, Action.CANCEL, by or Actor(tenant), request_id, now)
-            return CancelOutcome.REQUESTED
+            return CancelOutcome.REQUESTED, _find(connection, request_id, tenant)
 
-        outcome = await self._write(operation)
+        outcome, record = await self._write(operation)
         crash.point("cancel.stored")
+        if record is not None:
+            logs.report(record)
         self.wake()
         return outcome
 
@@ -452,9 +434,11 @@ class Queue:
         times = upkeep.times(now, self._keep)
         if not await self._database.read(lambda connection: connection.scalar(sql.ANY_UPKEEP, times)):
             return 0
-        count = await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
+        swept = await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
         crash.point("sweep.stored")
-        return count
+        for record in swept.ended:
+            logs.report(record)
+        return swept.count
 
     async def reroute(self, routes: Mapping[str, str]) -> None:
         """Move what waits to the models that serve its endpoints now (endpoint id → model)."""
@@ -472,26 +456,9 @@ class Queue:
     async def _write(self, operation: Operation[T]) -> T:
         """A transaction. Other processes hear of it by themselves, watchers in this one from here."""
         result = await self._database.write(operation)
-        if self._watchers:
+        if self._feed.is_watched:
             self.wake()
         return result
-
-    async def _run_feed(self) -> None:
-        """Wake the watchers of the requests that changed: one read for all of them."""
-        last: int | None = None
-        while True:
-            try:
-                if last is None:  # whoever watches already may have read before
-                    last, changed = await self._database.read(_newest), set(self._watchers)
-                else:
-                    last, changed = await self._database.read(_changes_since(last))
-            except Exception:
-                logger.exception("the change feed could not be read")
-                changed = set(self._watchers)
-            for request_id in changed:
-                for watcher in self._watchers.get(request_id, ()):
-                    watcher.set()
-            await self._database.changed(LOOK_AGAIN_S)
 
 
 def _find(connection: Connection, request_id: str, tenant: str) -> Record | None:
@@ -554,18 +521,3 @@ def _snapshot(
         _find(connection, request_id, tenant),
         _events(connection, request_id, after),
     )
-
-
-def _newest(connection: Connection) -> int:
-    """The newest event's seq, 0 when there is none."""
-    return int(connection.execute(sql.NEWEST).scalar_one())
-
-
-def _changes_since(after: int) -> Callable[[Connection], tuple[int, set[str]]]:
-    """The newest event's seq, and the requests with events above `after`."""
-
-    def operation(connection: Connection) -> tuple[int, set[str]]:
-        found = connection.execute(sql.CHANGES, {"after": after}).all()
-        return max((seq for seq, _ in found), default=after), {name for _, name in found}
-
-    return operation

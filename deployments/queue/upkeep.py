@@ -1,18 +1,28 @@
 """What falls due in the queue by the mere passing of time."""
 
-from sqlalchemy import Connection
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, RowMapping
 
 from deployments import crash
 from deployments.queue import rows
 from deployments.queue import statements as sql
 from deployments.queue.transitions import Setback, complete, erase, forget, put_back
 from schemas.errors import StartTimeout
-from schemas.jobs import JobResult
+from schemas.jobs import JobResult, Record
 from schemas.settings import LeaseSettings, Retention
 
 KEY_S = 24 * 3600.0  # how long the key of a submit is remembered
 UNKEPT_S = 3600.0  # how long what is not to be kept can be fetched
 BATCH = 200  # of each kind in one transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep did."""
+
+    count: int  # of requests that changed
+    ended: tuple[Record, ...]  # those without a result before
 
 
 def times(now: float, keep: Retention) -> dict[str, float]:
@@ -27,8 +37,8 @@ def times(now: float, keep: Retention) -> dict[str, float]:
     }
 
 
-def sweep(connection: Connection, lease: LeaseSettings, times: dict[str, float]) -> int:
-    """Do a batch of all that is due. Returns how many requests changed."""
+def sweep(connection: Connection, lease: LeaseSettings, times: dict[str, float]) -> Swept:
+    """Do a batch of all that is due."""
     now = times["now"]
     lapsed = connection.execute(sql.LAPSED, times).mappings().all()
     for row in lapsed:
@@ -49,4 +59,11 @@ def sweep(connection: Connection, lease: LeaseSettings, times: dict[str, float])
     connection.execute(sql.FORGET_OLD_KEYS, times)
     crash.point("sweep.keys_forgotten")
     connection.execute(sql.FORGET_AUDIT, times)
-    return len(lapsed) + len(overdue) + len(unkept) + len(outlived)
+    count = len(lapsed) + len(overdue) + len(unkept) + len(outlived)
+    changed = (_record(connection, row) for row in (*lapsed, *overdue))
+    return Swept(count, tuple(record for record in changed if record.result is not None))
+
+
+def _record(connection: Connection, row: RowMapping) -> Record:
+    place = {"request_id": row["request_id"], "tenant": row["tenant"]}
+    return rows.record(connection.execute(sql.FIND, place).mappings().one(), None)

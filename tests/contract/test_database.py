@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from deployments.queue import Queue, open_database, open_queue
 from deployments.queue.database import Database
+from deployments.queue.feed import _changes_since
 from deployments.queue.postgres import PostgresDatabase
-from deployments.queue.queue import _changes_since
 from deployments.queue.tables import events, requests
 from schemas.errors import QueueFull, StoreDown
 from schemas.jobs import JobResult, Logged, Once, State

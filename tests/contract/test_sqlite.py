@@ -10,8 +10,7 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from deployments.queue import open_queue
-from deployments.queue import queue as queue_module
+from deployments.queue import feed, open_queue
 from deployments.queue.doorbell import Doorbell
 from deployments.queue.sqlite import SqliteDatabase
 from schemas.errors import StoreDown
@@ -131,14 +130,14 @@ async def test_watchers_outlive_a_feed_that_could_not_be_read(
     job = make_job()
     await queue.submit(job)
     failures = [OSError("no more files")]
-    newest = queue_module._newest
+    newest = feed._newest
 
     def fails_at_first(connection: Connection) -> int:
         if failures:
             raise failures.pop()
         return newest(connection)
 
-    monkeypatch.setattr(queue_module, "_newest", fails_at_first)
+    monkeypatch.setattr(feed, "_newest", fails_at_first)
     watcher = queue.watch(job.request_id, job.tenant)
     await anext(watcher)
     await queue.cancel(job.request_id, job.tenant)
