@@ -24,7 +24,15 @@ from pydantic import BaseModel, ValidationError
 from deployments import crash, logs
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
-from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
+from schemas.errors import (
+    DarkroomError,
+    NotReady,
+    RunTimeout,
+    StartTimeout,
+    StoreClosed,
+    StoreDown,
+    WorkerLost,
+)
 from schemas.jobs import WORD_S, Claim, Job, JobResult, Update
 from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
@@ -106,6 +114,8 @@ class Dispatcher:
         """Stop, and give back what runs: another dispatcher takes it at once."""
         for loop in self._loops:
             loop.cancel()
+        if self._loops:
+            await asyncio.wait(self._loops)
         self._forget()
         for run in list(self._runs.values()):
             await self._stop(run)
@@ -316,6 +326,8 @@ async def _insist(write: Callable[[], Awaitable[bool]]) -> bool:
     while True:
         try:
             return await write()
+        except StoreClosed:
+            raise
         except StoreDown:
             await asyncio.sleep(IDLE_S)
 

@@ -318,6 +318,10 @@ class StoreDown(ServerError):
     retryable = True
 
 
+class StoreClosed(StoreDown):
+    """This process has closed the queue: it is of no use to try again here."""
+
+
 class StoreFull(StoreDown):
     """The disk has no room for what was sent; nothing of it was kept."""
 

@@ -24,7 +24,7 @@ from deployments.queue import Outbox
 from deployments.webhooks import message
 from deployments.webhooks.keyring import Keyring
 from schemas.deliveries import Delivery, DeliveryState, Outcome
-from schemas.errors import AssetError, StoreDown
+from schemas.errors import AssetError, StoreClosed, StoreDown
 from schemas.settings import WebhookSettings
 
 logger = logging.getLogger(__name__)
@@ -210,6 +210,8 @@ async def _insist(write: Callable[[], Coroutine[Any, Any, bool]]) -> None:
         try:
             await write()
             return
+        except StoreClosed:
+            raise
         except StoreDown:
             await asyncio.sleep(IDLE_S)
 

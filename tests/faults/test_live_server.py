@@ -109,7 +109,6 @@ def test_f05_a_killed_controller_costs_no_request(server: Server) -> None:
             assert http.get(receipt["response_url"]).json()["seed"] == seed
 
 
-@pytest.mark.xfail(reason="until the dispatcher takes a worker's silence for its loss", strict=False)
 def test_f02_a_frozen_worker_is_given_up_and_its_request_runs_again(server: Server) -> None:
     end(server, insist(server, SHORT, uuid4().hex))
     with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
