@@ -158,6 +158,17 @@ def more_replicas_than_allowed(cluster: Cluster) -> None:
     cluster.workers[0].group["replicas"] = 9
 
 
+@refused_by(policies.the_operator_takes_it)
+def labels_among_the_parameters_of_ray(cluster: Cluster) -> None:
+    group = cluster.workers[0].group
+    group["rayStartParams"]["labels"] = "darkroom/nodes=" + group.pop("labels")["darkroom/nodes"]
+
+
+@refused_by(policies.the_operator_takes_it)
+def an_incremental_upgrade_without_the_autoscaler(cluster: Cluster) -> None:
+    cluster.ray["enableInTreeAutoscaling"] = False
+
+
 @refused_by(policies.upgrades_are_incremental)
 def an_upgrade_that_needs_every_gpu_twice(cluster: Cluster) -> None:
     cluster.service["upgradeStrategy"] = {"type": "NewCluster"}

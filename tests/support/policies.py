@@ -136,6 +136,28 @@ def upgrades_are_incremental(cluster: Cluster) -> Iterator[str]:
         yield f"steps of {options['stepSizePercent']} % in a surge of {options['maxSurgePercent']} %"
 
 
+def the_operator_takes_it(cluster: Cluster) -> Iterator[str]:
+    """What KubeRay refuses after Kubernetes has taken it: controllers/ray/utils/validation.go."""
+    [service] = cluster.of_kind("RayService")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,39}[a-z0-9])?", service["metadata"]["name"]):
+        yield f"the service's name is {service['metadata']['name']}"
+    for pod in cluster.pods:
+        params, env = pod.group["rayStartParams"], pod.container.get("env", [])
+        if "labels" in params:
+            yield f"{pod.name}: labels stand beside rayStartParams, not in them"
+        if pod.group.get("resources") and params.keys() & {"num-cpus", "num-gpus", "memory", "resources"}:
+            yield f"{pod.name}: resources stand in rayStartParams, and beside them"
+        if params.keys() & {"redis-username", "redis-password"}:
+            yield f"{pod.name}: Redis is told of in gcsFaultToleranceOptions"
+        if any(each["name"] in ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME") for each in env):
+            yield f"{pod.name}: Redis is told of in gcsFaultToleranceOptions"
+    is_incremental = (
+        cluster.service.get("upgradeStrategy", {}).get("type") == "NewClusterWithIncrementalUpgrade"
+    )
+    if is_incremental and not cluster.ray.get("enableInTreeAutoscaling"):
+        yield "an incremental upgrade needs the autoscaler"
+
+
 def pods_drain_longer_than_a_picture(cluster: Cluster) -> Iterator[str]:
     for pod in cluster.workers:
         stop = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [""])[-1]
@@ -373,6 +395,7 @@ EVERYWHERE: tuple[Policy, ...] = (
     nobody_speaks_to_kubernetes,
     ray_wants_a_token,
     the_autoscaler_is_v2,
+    the_operator_takes_it,
     pods_drain_longer_than_a_picture,
     probes_exist,
     the_network_is_closed,
