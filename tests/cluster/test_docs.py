@@ -1,6 +1,7 @@
 """What the pages say is so: commands, names and files that they mention exist."""
 
 import re
+import subprocess
 
 import pytest
 from typer.main import get_command
@@ -70,3 +71,12 @@ def test_files_and_policies_that_are_named_exist() -> None:
     policies = Cluster(rendered(OVERLAYS / "prod")).names("NetworkPolicy")
     for name in re.findall(r"(?:policy|delete|in) `(darkroom-[a-z]+)`", TEXT):
         assert name in policies | {"darkroom-postgres", "darkroom-webhook-keys"}, name
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_shell_reads_what_is_to_be_typed(name: str) -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGES[name], re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        told = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert (told.returncode, told.stderr) == (0, ""), block
