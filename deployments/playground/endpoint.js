@@ -11,109 +11,121 @@ import { Queue } from "./queue.js";
 import { Run } from "./run.js";
 import { input } from "./schema.js";
 
-const endpointId = decodeURIComponent(location.pathname.replace(/^\/playground\//, "").replace(/\/$/, ""));
+const ENDPOINT = decodeURIComponent(location.pathname.replace(/^\/playground\//, "").replace(/\/$/, ""));
+
 const at = (id) => document.getElementById(id);
 
-async function start() {
-  const api = new Api(current);
-  const document_ = await api.call(`/openapi/${endpointId}`);
-  const { metadata } = (await api.call(`/v1/models?${new URLSearchParams({ endpoint_id: endpointId })}`))
-    .models[0];
-  const { spec, example } = input(document_);
-  introduce(metadata);
+class Page {
+  constructor(api, { spec, example }) {
+    this.api = api;
+    this.uploads = new Set();
+    this.history = new History(localStorage);
+    this.example = withoutPictures(spec, example);
+    this.code = new Code(location.origin, ENDPOINT);
+    this.form = new Form(spec, {
+      changed: () => this.code.show(this.form.value()),
+      upload: (file) => this.upload(file),
+    });
+    this.run = new Run(new Queue(api, ENDPOINT), this.history, {
+      endpointId: ENDPOINT,
+      form: this.form,
+      button: at("run"),
+      settled: () => Promise.allSettled(this.uploads),
+      refused: () => this.askKey(),
+      changed: () => this.past.show(),
+    });
+    this.past = new Past(this.history, ENDPOINT, (entry) => this.open(entry));
+    this.key = new KeyDialog(
+      () => api.opens(),
+      () => this.resume(),
+    );
+  }
 
-  const history = new History(localStorage);
-  const code = new Code(location.origin, endpointId);
-  const form = new Form(spec, {
-    changed: () => code.show(form.value()),
-    upload: (file) => withKey(() => api.upload(file)),
-  });
-  const run = new Run(new Queue(api, endpointId), history, {
-    endpointId,
-    form,
-    refused: () => key.ask("The server asks for a key."),
-  });
-  const past = new Past(history, endpointId, (entry) => open(entry));
-  const key = new KeyDialog(
-    () => api.opens(),
-    () => resume(),
-  );
-  run.changed = () => past.show();
+  show() {
+    at("form").append(this.form.element);
+    at("output").append(this.run.element, this.past.element);
+    at("code").append(this.code.element);
+    at("run").before(this.run.cancelButton);
+    document.body.append(this.key.element);
+    this.form.fill(this.example);
+    this.past.show();
+    this.listen();
+    at("request").hidden = at("code-section").hidden = false;
+  }
 
-  async function withKey(act) {
+  listen() {
+    at("key-button").addEventListener("click", () => this.key.ask());
+    at("example").addEventListener("click", () => this.form.fill(this.example));
+    at("empty").addEventListener("click", () => this.form.fill({}));
+    at("request").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.run.start();
+    });
+    document.addEventListener("keydown", (event) => this.pressed(event));
+    document.addEventListener("paste", (event) => {
+      const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
+      if (file) this.form.picture?.take(file);
+    });
+    // A file dropped beside the fields would open in the page's place.
+    for (const name of ["dragover", "drop"]) addEventListener(name, (event) => event.preventDefault());
+  }
+
+  pressed(event) {
+    if (this.key.element.open) return;
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      this.run.start();
+    }
+    if (event.key === "Escape") this.run.cancel();
+  }
+
+  /** Goes on where the reader was, once the server is open to them. */
+  async begin() {
+    const isOpen = await this.api.opens();
+    at("key-button").hidden = isOpen && !current();
+    if (isOpen) this.resume();
+    else this.key.ask();
+  }
+
+  /** The request that the address names, or the last one that was under way. */
+  resume() {
+    if (this.run.isBusy) return;
+    const named = location.hash.slice(1);
+    const isUnderWay = (entry) => entry.state === "running";
+    const entry = this.history.find(named) ?? this.history.of(ENDPOINT).find(isUnderWay);
+    if (entry) this.open(entry);
+    else if (named) this.run.follow(named);
+  }
+
+  open(entry) {
+    if (entry.input) this.form.fill(entry.input);
+    this.run.follow(entry.id);
+  }
+
+  askKey() {
+    this.key.ask("The server asks for a key.");
+  }
+
+  async upload(file) {
+    const sending = this.api.upload(file);
+    this.uploads.add(sending);
     try {
-      return await act();
+      return await sending;
     } catch (error) {
-      if (error.status === 401) key.ask("The server asks for a key.");
+      if (error.status === 401) this.askKey();
       throw error;
+    } finally {
+      this.uploads.delete(sending);
     }
   }
-
-  function open(entry) {
-    if (entry.input) form.fill(entry.input);
-    run.follow(entry.id);
-  }
-
-  /** Goes on with the request that the address names, or the last one that was under way. */
-  function resume() {
-    if (run.isBusy) return;
-    const named = location.hash.slice(1);
-    const entry = history.find(named) ?? history.of(endpointId).find((each) => each.state === "running");
-    if (entry) open(entry);
-    else if (named) run.follow(named);
-  }
-
-  at("form").append(form.element);
-  at("output").append(run.element, past.element);
-  at("code").append(code.element);
-  document.body.append(key.element);
-  at("key-button").addEventListener("click", () => key.ask());
-  at("example").addEventListener("click", () => form.fill(withoutPictures(spec, example)));
-  at("empty").addEventListener("click", () => form.fill({}));
-  at("request").addEventListener("submit", (event) => {
-    event.preventDefault();
-    run.start();
-  });
-  at("run").before(run.cancelButton);
-  run.button = at("run");
-  listen(form, run);
-  form.fill(withoutPictures(spec, example));
-  past.show();
-  at("request").hidden = at("code-section").hidden = false;
-
-  const isOpen = await api.opens();
-  at("key-button").hidden = isOpen && !current();
-  if (isOpen) resume();
-  else key.ask();
 }
 
 function introduce({ display_name, description, category, license_type, hardware }) {
   document.title = `${display_name} · darkroom`;
   at("title").textContent = display_name;
-  at("id").textContent = endpointId;
   at("description").textContent = description;
-  at("tags").append(
-    ...[category, license_type, hardware]
-      .filter(Boolean)
-      .map((text) => element("li", { class: "tag" }, text)),
-  );
-}
-
-/** The keys of the page, and pictures that are pasted anywhere on it. */
-function listen(form, run) {
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      run.start();
-    }
-    if (event.key === "Escape" && run.isBusy && !document.querySelector("dialog[open]")) run.cancel();
-  });
-  document.addEventListener("paste", (event) => {
-    const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
-    if (file && form.picture) form.picture.take(file);
-  });
-  // A file dropped beside the fields would open in the page's place.
-  for (const name of ["dragover", "drop"]) addEventListener(name, (event) => event.preventDefault());
+  const tags = [category, license_type, hardware].filter(Boolean);
+  at("tags").append(...tags.map((text) => element("li", { class: "tag" }, text)));
 }
 
 /** An example's pictures are not there to be fetched: the reader brings one. */
@@ -122,9 +134,19 @@ function withoutPictures(spec, example) {
   return Object.fromEntries(Object.entries(example).filter(([name]) => !pictures.includes(name)));
 }
 
+async function start() {
+  at("id").textContent = ENDPOINT;
+  const api = new Api(current);
+  const openapi = await api.call(`/openapi/${ENDPOINT}`);
+  const { models } = await api.call(`/v1/models?${new URLSearchParams({ endpoint_id: ENDPOINT })}`);
+  introduce(models[0].metadata);
+  const page = new Page(api, input(openapi));
+  page.show();
+  await page.begin();
+}
+
 start().catch((error) => {
   const isUnknown = error instanceof Refused && error.status === 404;
   at("title").textContent = isUnknown ? "Not served here" : "Something went wrong";
-  at("id").textContent = endpointId;
   at("description").textContent = error.message;
 });

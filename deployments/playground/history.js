@@ -64,6 +64,8 @@ export class History {
 
 function bounded(entry) {
   const { picture, ...rest } = entry;
+  const { input, ...least } = rest;
   const kept = picture?.length < LONG ? { ...rest, picture } : rest;
-  return json.write(kept).length < LONG ? kept : { ...kept, input: undefined, picture: undefined };
+  if (json.write(kept).length < LONG) return kept;
+  return json.write(rest).length < LONG ? rest : least;
 }

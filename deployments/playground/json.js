@@ -31,12 +31,14 @@ export function written(value, style, margin = "") {
   const inner = margin + " ".repeat(style.indent);
   const parts = isList
     ? value.map((each) => written(each, style, inner))
-    : Object.entries(value).map(([name, each]) => `${key(name, style)}: ${written(each, style, inner)}`);
+    : said(value).map(([name, each]) => `${key(name, style)}: ${written(each, style, inner)}`);
   const [open, close] = isList ? "[]" : "{}";
   if (!parts.length) return open + close;
   if (!style.indent) return open + parts.join(", ") + close;
   return `${open}\n${parts.map((each) => inner + each).join(",\n")}\n${margin}${close}`;
 }
+
+const said = (value) => Object.entries(value).filter(([, each]) => each !== undefined);
 
 const key = (name, style) => (style.bare && /^[A-Za-z_]\w*$/.test(name) ? name : quoted(name));
 

@@ -15,6 +15,10 @@ export class Queue {
     return this.api.post(this.path, input, { "x-darkroom-previews": "1" });
   }
 
+  status(requestId) {
+    return this.api.call(`${this.request(requestId)}/status`);
+  }
+
   result(requestId) {
     return this.api.call(this.request(requestId));
   }
@@ -49,13 +53,17 @@ export class Queue {
     });
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let text = "";
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) return;
-      const frames = (text + value).split("\n\n");
-      text = frames.pop();
-      const documents = frames.filter((frame) => frame.startsWith("data: "));
-      yield* documents.map((frame) => json.read(frame.slice("data: ".length)));
+    try {
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) return;
+        const frames = (text + value).split("\n\n");
+        text = frames.pop();
+        const documents = frames.filter((frame) => frame.startsWith("data: "));
+        yield* documents.map((frame) => json.read(frame.slice("data: ".length)));
+      }
+    } finally {
+      reader.cancel().catch(() => {}); // whoever looks away needs no more of it
     }
   }
 

@@ -4,10 +4,14 @@ import { button, element } from "./dom.js";
 import { Progress } from "./progress.js";
 import { Results, pictures } from "./results.js";
 
+const LOOK_MS = 1000;
+
 export class Run {
-  /** `refused` is called when the server asks for a key, `changed` when the history has changed. */
-  constructor(queue, history, { endpointId, form, refused }) {
-    Object.assign(this, { queue, history, endpointId, form, refused, changed: () => {} });
+  /** `settled` waits for uploads, `refused` is called when the server asks for a key, `changed` when the history
+   * has changed. */
+  constructor(queue, history, { endpointId, form, button: runButton, settled, refused, changed }) {
+    Object.assign(this, { queue, history, endpointId, form, settled, refused, changed });
+    this.button = runButton;
     this.progress = new Progress();
     this.results = new Results();
     this.idle = element("p", { class: "idle" }, "The picture appears here.");
@@ -31,9 +35,10 @@ export class Run {
   async start() {
     if (this.isBusy) return;
     this.form.clear();
-    const input = this.form.value();
     this.begin();
     this.progress.say("Sending");
+    await this.settled();
+    const input = this.form.value();
     let receipt;
     try {
       receipt = await this.queue.submit(input);
@@ -69,14 +74,26 @@ export class Run {
 
   /** The last status. */
   async watch(requestId, signal) {
-    let last;
+    const looking = setInterval(() => this.look(requestId), LOOK_MS);
     const broke = () => this.progress.say("The connection broke; trying again");
-    for await (const status of this.queue.follow(requestId, { signal, broke })) {
-      last = status;
-      this.times[status.status] ??= performance.now();
-      this.progress.show(status);
+    try {
+      for await (const status of this.queue.follow(requestId, { signal, broke })) {
+        this.status = status;
+        this.times[status.status] ??= performance.now();
+        this.progress.show(status);
+      }
+    } finally {
+      clearInterval(looking);
     }
-    return last;
+    return this.status;
+  }
+
+  /** Asks for the place in the queue: when others leave it, the stream does not say. */
+  async look(requestId) {
+    const asked = this.status;
+    if (asked?.status !== "IN_QUEUE") return;
+    const status = await this.queue.status(requestId).catch(() => undefined); // the stream tells what is wrong
+    if (status?.status === "IN_QUEUE" && this.status === asked) this.progress.show(status);
   }
 
   async cancel() {
@@ -93,6 +110,7 @@ export class Run {
     this.leaving = new AbortController();
     this.requestId = undefined;
     this.times = {};
+    this.status = undefined;
     this.idle.hidden = true;
     this.results.clear();
     this.progress.clear();

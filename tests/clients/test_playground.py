@@ -17,7 +17,7 @@ from deployments.gateway.descriptions import type_name
 from pipelines import registry
 from schemas.errors import FieldError, InputError
 from schemas.jobs import JobResult, Logged, Previewed
-from tests.clients.inputs import ALICE, ENDPOINT, drawing, encoded
+from tests.clients.inputs import ALICE, ENDPOINT, drawing, encoded, steps
 from tests.support import values
 from tests.support.gateway import gateway_at_work
 from tests.support.server import Server
@@ -76,8 +76,8 @@ def test_a_wrong_key_is_told_and_a_right_one_stays_in_the_tab(told: dict[str, An
 
 def test_a_run_shows_its_steps_previews_and_picture(told: dict[str, Any]) -> None:
     drawn = told["drawn"]
-    steps = [int(found[1]) for each in drawn["states"] if (found := re.fullmatch(r"Step (\d+) of 40", each))]
-    assert steps == sorted(set(steps)) and steps[-1] == 40
+    shown = [int(found[1]) for each in drawn["states"] if (found := re.fullmatch(r"Step (\d+) of 40", each))]
+    assert shown == sorted(set(shown)) and shown[-1] == 40
     assert drawn["forming"] == 1
     assert drawn["natural"] == [512, 512]
     assert drawn["caption"].startswith("512 × 512 · JPEG")
@@ -125,6 +125,17 @@ def test_a_page_that_is_loaded_again_goes_on_with_its_request(told: dict[str, An
     assert resumed["sameAddress"] and resumed["found"]
     assert (resumed["prompt"], resumed["steps"]) == ("a long one", "50")
     assert resumed["failure"] == "Request cancelled by the client."
+
+
+def test_its_place_in_the_queue_is_told_as_it_changes(told: dict[str, Any]) -> None:
+    assert told["waited"]["failure"] == "Request cancelled by the client."
+
+
+def test_a_connection_that_breaks_loses_nothing_and_repeats_nothing(told: dict[str, Any]) -> None:
+    broken = told["broken"]
+    assert broken["states"].count("The connection broke; trying again") == 2
+    assert "In the queue, 7 ahead" in broken["states"] and broken["left"] == 0
+    assert broken["lines"] == steps(28)
 
 
 def test_a_picture_is_chosen_dropped_or_pasted(told: dict[str, Any], server: Server) -> None:
@@ -251,6 +262,23 @@ def spoken_by_javascript(code: str) -> Any:
     quiet = code.replace('import { fal } from "@fal-ai/client";', client).replace("console.log(data);", "")
     done = subprocess.run(["node", "--input-type=module", "-e", quiet], capture_output=True, check=True)
     return json.loads(done.stdout)
+
+
+# --- the history ---
+
+
+async def test_the_history_is_bounded_and_does_without_storage(node_packages: Path) -> None:
+    told = await tell(node_packages, "past.mjs", str(pages.FOLDER))
+    assert told["many"] == [str(each) for each in range(199, 139, -1)]  # the newest first
+    assert 400_000 < told["long"] <= 500_000
+    assert told["full"]["count"] > 3 and told["full"]["first"] == "59" and told["full"]["characters"] <= 1000
+    assert told["forbidden"] == [] and told["broken"] == [[], [], [], []]
+    one, other = told["changed"]
+    assert one["id"] == "1" and "input" not in one
+    assert (other["id"], other["state"], other["input"]) == ("0", "done", {"prompt": "x"})
+    assert "picture" not in other
+    assert told["seed"] == str(2**63 - 1)
+    assert told["cleared"] == ["2"]
 
 
 # --- hostile words ---

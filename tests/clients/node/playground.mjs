@@ -43,6 +43,8 @@ await telling(async (open) => {
   told.faults = await faults(page);
   told.cancelled = await cancel(page);
   told.resumed = await resume(page);
+  told.waited = await wait(page);
+  told.broken = await broken(page);
   told.nested = await nested(await unlocked(open, EDIT));
   told.remade = await remake(await unlocked(open, REMAKE));
   told.phone = await phone(open);
@@ -181,6 +183,39 @@ async function resume(page) {
     .waitFor();
   await page.getByRole("button", { name: "Cancel", exact: true }).click();
   return { ...told, found: page.url() === before, failure: await page.locator(".failure").innerText() };
+}
+
+/** Behind a request of somebody else's. */
+async function wait(page) {
+  const headers = { authorization: `Key ${key}` };
+  const data = { prompt: "x", image_size: "square_hd", num_inference_steps: 50, num_images: 4 };
+  const first = await (await page.request.post(`${server}/queue/${DRAW}`, { headers, data })).json();
+  const second = await (await page.request.post(`${server}/queue/${DRAW}`, { headers, data })).json();
+  await page.getByRole("button", { name: "Run", exact: true }).click();
+  await state(page).filter({ hasText: "In the queue, 1 ahead" }).waitFor();
+  await page.request.put(second.cancel_url, { headers });
+  await state(page).filter({ hasText: "In the queue, next" }).waitFor();
+  await page.getByRole("button", { name: "Cancel", exact: true }).click();
+  const failure = await page.locator(".failure").innerText();
+  await page.request.put(first.cancel_url, { headers });
+  return { failure };
+}
+
+/** On a connection that breaks: not opened, ended too early, and then as it should be. */
+async function broken(page) {
+  const half = 'data: {"status":"IN_QUEUE","queue_position":7,"logs":[]}\n\ndata: {"sta';
+  const answers = [
+    (route) => route.abort(),
+    (route) => route.fulfill({ contentType: "text/event-stream", body: half }),
+  ];
+  await page.route("**/status/stream*", (route) => (answers.shift() ?? ((each) => each.continue()))(route));
+  await watched(page, ".state");
+  await page.getByRole("button", { name: "Example" }).click();
+  await size(page, 64);
+  await page.getByRole("button", { name: "Run", exact: true }).click();
+  await page.locator(".results img").waitFor();
+  const lines = await page.locator(".log li").allTextContents();
+  return { states: await page.evaluate(() => window.seen), left: answers.length, lines };
 }
 
 async function nested(page) {
