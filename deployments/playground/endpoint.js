@@ -11,7 +11,7 @@ import { Queue } from "./queue.js";
 import { Run } from "./run.js";
 import { input } from "./schema.js";
 
-const ENDPOINT = decodeURIComponent(location.pathname.replace(/^\/playground\//, "").replace(/\/$/, ""));
+const ENDPOINT = location.pathname.replace(/^\/playground\//, "").replace(/\/$/, "");
 
 const at = (id) => document.getElementById(id);
 

@@ -60,7 +60,7 @@ export class Form {
     target.focus({ preventScroll: true });
   }
 
-  fault({ loc, msg }) {
+  fault({ loc = [], msg }) {
     const [name, ...path] = loc.slice(1);
     const control = this.fields.get(name)?.fault(path, msg);
     if (!control) this.rest.append(element("li", {}, [...loc.slice(1), msg].join(": ")));

@@ -86,13 +86,15 @@ export class Picture extends Scalar {
 
   settle() {
     super.settle();
-    const shown = isNear(this.control.value) ? [picture(this.control.value, { alt: "" })] : [];
+    const shown = isNear(this.control.value) ? [picture(this.control.value.trim(), { alt: "" })] : [];
     this.preview.replaceChildren(...shown);
   }
 }
 
-/** Whether the page may show it: pictures of other sites it does not fetch. */
+/** Whether the page shows it: a file of this server's, or one in the text itself. Nothing else is fetched. */
 function isNear(text) {
-  const url = text.trim() && address(text.trim());
-  return Boolean(url) && (url.startsWith("data:") || new URL(url).origin === location.origin);
+  const url = address(text.trim());
+  if (url === undefined || url.startsWith("data:")) return url !== undefined;
+  const { origin, pathname } = new URL(url);
+  return origin === location.origin && pathname.startsWith("/files/");
 }

@@ -115,8 +115,13 @@ export class Run {
     this.results.clear();
     this.progress.clear();
     this.settle();
-    this.element.scrollIntoView({ block: "nearest" });
+    this.reveal();
     return this.leaving;
+  }
+
+  /** Scrolls there where the output lies below the form. */
+  reveal() {
+    if (this.element.getBoundingClientRect().top > innerHeight / 2) this.element.scrollIntoView();
   }
 
   end() {

@@ -33,13 +33,11 @@ await telling(async (open) => {
 
   await page.goto(`${server}/playground/${ENDPOINT}`);
   await page.locator(".past button").first().waitFor();
-  await page
-    .locator("input[type=file]")
-    .setInputFiles({
-      name: `${script.replaceAll("/", "")}.svg`,
-      mimeType: "image/svg+xml",
-      buffer: Buffer.from("<svg onload='window.pwned=1'/>"),
-    });
+  await page.locator("input[type=file]").setInputFiles({
+    name: `${script.replaceAll("/", "")}.svg`,
+    mimeType: "image/svg+xml",
+    buffer: Buffer.from("<svg onload='window.pwned=1'/>"),
+  });
   await page.waitForFunction(() =>
     document.querySelector(".drop [role=status]").textContent.endsWith(".svg"),
   );
