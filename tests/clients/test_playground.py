@@ -147,6 +147,18 @@ def test_a_picture_is_chosen_dropped_or_pasted(told: dict[str, Any], server: Ser
     assert remade["again"] == [remade["pasted"], "the same by night"]
 
 
+def test_the_code_is_copied_as_it_stands(told: dict[str, Any], server: Server) -> None:
+    copied = told["copied"]
+    assert arguments_of(copied["Python"]) == registry.endpoint(ENDPOINT).schema().EXAMPLE
+    assert f'"{server.url}/api/fal/proxy"' in copied["JavaScript"]
+    assert copied["curl"].startswith(f"curl '{server.url}/run/{ENDPOINT}'")
+
+
+def test_dark_and_light_are_the_reader_s_choice_and_stay_so(told: dict[str, Any]) -> None:
+    light, dark, again = told["themes"]
+    assert light != dark == again
+
+
 def test_it_fits_a_phone(told: dict[str, Any]) -> None:
     assert told["phone"] == dict.fromkeys(told["phone"], 320)
 

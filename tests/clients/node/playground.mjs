@@ -47,6 +47,10 @@ await telling(async (open) => {
   told.broken = await broken(page);
   told.nested = await nested(await unlocked(open, EDIT));
   told.remade = await remake(await unlocked(open, REMAKE));
+  told.copied = await copy(
+    await unlocked(open, DRAW, { permissions: ["clipboard-read", "clipboard-write"] }),
+  );
+  told.themes = await themes(await open(`${server}/playground`, { colorScheme: "light" }));
   told.phone = await phone(open);
   told.axe = await axe(open);
   told.unknown = await unknown(await open(`${server}/playground/fal-ai/nope`));
@@ -279,6 +283,26 @@ async function remake(page) {
   await image.waitFor();
   told.again = [await url.inputValue(), await prompt(page).inputValue()];
   return told;
+}
+
+async function copy(page) {
+  const told = {};
+  for (const title of ["Python", "JavaScript", "curl"]) {
+    await page.getByRole("button", { name: title }).click();
+    await page.getByRole("button", { name: "Copy" }).click();
+    await page.getByText("Copied").waitFor();
+    told[title] = await page.evaluate(() => navigator.clipboard.readText());
+  }
+  return told;
+}
+
+async function themes(page) {
+  const ground = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+  const told = [await ground()];
+  await page.getByRole("button", { name: "Dark / light" }).click();
+  told.push(await ground());
+  await page.reload();
+  return [...told, await ground()];
 }
 
 /** Opens everything that is folded, and adds one to every list. */
