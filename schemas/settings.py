@@ -202,6 +202,8 @@ class ModelEntry(Settings):
     prefetch: int = Field(
         16, ge=0, description="requests behind a full window whose weights are fetched meanwhile; 0: none"
     )
+    licence: str | None = Field(None, max_length=100, description="of the weights, as callers are told")
+    hardware: str | None = Field(None, max_length=100, description="what it runs on, as callers are told")
 
 
 class Catalogue(Settings):
