@@ -60,23 +60,23 @@ def front(settings: FrontSettings) -> Application:
 
     Both get the catalogue of models as `user_config`, so that a new model restarts neither.
     """
-    digests = keys.parse(os.environ.get(settings.keys_env, ""))
+    actor_options = _actor_options(settings.node_labels, num_cpus=FRONT_CPUS)
     dispatcher = serve.deployment(
         _DispatcherReplica,
         name="dispatcher",
         num_replicas=1,
-        ray_actor_options={"num_cpus": FRONT_CPUS},
+        ray_actor_options=actor_options,
         health_check_period_s=HEALTH_CHECK_S,
     )
     gateway = serve.deployment(
         serve.ingress()(_GatewayReplica),
         name="gateway",
         num_replicas=settings.gateway_replicas,
-        ray_actor_options={"num_cpus": FRONT_CPUS},
+        ray_actor_options=actor_options,
         max_ongoing_requests=WATCHERS,
         health_check_period_s=HEALTH_CHECK_S,
     )
-    return gateway.bind(settings, digests, dispatcher.bind(settings))
+    return gateway.bind(settings, dispatcher.bind(settings))
 
 
 def model(settings: ModelSettings) -> Application:
@@ -88,7 +88,9 @@ def model(settings: ModelSettings) -> Application:
     worker = serve.deployment(
         _WorkerReplica,
         name=WORKER,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        ray_actor_options=_actor_options(
+            settings.node_labels, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus
+        ),
         autoscaling_config=_autoscaling(settings),
         max_ongoing_requests=settings.concurrency + SPARE_CALLS,
         graceful_shutdown_timeout_s=settings.drain_s,
@@ -103,7 +105,7 @@ def model(settings: ModelSettings) -> Application:
         _EntryReplica,
         name="entry",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_actor_options(settings.entry_node_labels, num_cpus=0),
         max_ongoing_requests=WATCHERS,
         health_check_period_s=HEALTH_CHECK_S,
     )
@@ -136,14 +138,18 @@ def _autoscaling(settings: ModelSettings) -> AutoscalingConfig:
     )
 
 
+def _actor_options(node_labels: Mapping[str, str], **resources: float) -> dict[str, Any]:
+    """What Ray books for a replica, and where; without labels it says nothing of where."""
+    return {**resources, **({"label_selector": dict(node_labels)} if node_labels else {})}
+
+
 class _GatewayReplica:
-    def __init__(
-        self, settings: FrontSettings, digests: dict[str, str], dispatcher: DeploymentHandle
-    ) -> None:
+    def __init__(self, settings: FrontSettings, dispatcher: DeploymentHandle) -> None:
         _join_logs()
         metrics.send_to(_RayMetrics())
         self._settings = settings
-        self._digests = digests
+        # here and not in `front`, which runs on any node: the secret is for the gateway's alone
+        self._digests = keys.parse(os.environ.get(settings.keys_env, ""))
         self._gateway: Gateway | None = None
         self._catalogue = Catalogue(models={})
 

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from deployments import queue, server
+from deployments import manifests, queue, server
 from deployments.connect import child
 from deployments.connect.authority import Authority, user_folder
 from deployments.connect.environment import variables
@@ -312,6 +312,19 @@ def revoke_key(key_id: str, config: Config = CONFIG) -> None:
         errors.print(f"[red]no key[/] {escape(key_id)}; those of {KEYS_ENV} are not in the table")
         raise typer.Exit(1)
     console.print("was revoked before" if before.revoked_at is not None else "revoked")
+
+
+@app.command("manifests")
+def write_manifests(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = Path("cluster"),
+    config: Config = CONFIG,
+) -> None:
+    """Write what the manifests in cluster/ take from the configuration and from this version of darkroom."""
+    with _explained():
+        for path, content in manifests.written(folder, config).items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+            print(path)
 
 
 @app.command("audit")

@@ -45,6 +45,11 @@ DEFAULT_ENVIRONMENT = {
     "FORWARDED_ALLOW_IPS": "",
 }
 
+# The same for nodes that KubeRay starts, where nobody calls `darkroom serve`.
+CLUSTER_ENVIRONMENT = DEFAULT_ENVIRONMENT | {
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "30",  # until balancers have noticed
+}
+
 REPLICA_PORTS = 100  # HAProxy talks straight to the replicas, a port each
 INNER_PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
@@ -59,19 +64,30 @@ def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any
 
     Raises ValueError for what could not be deployed: better now than when Ray has started.
     """
+    config = read_config(path)
+    given = {"host": host, "port": port}
+    config["http_options"] = (config.get("http_options") or {}) | {
+        name: value for name, value in given.items() if value is not None
+    }
+    check_config(config)
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration as it stands in a file, its settings unchecked. Raises ValueError."""
     try:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
         raise ValueError(f"{path} must be a mapping with a list of applications")
-    given = {"host": host, "port": port}
-    config["http_options"] = (config.get("http_options") or {}) | {
-        name: value for name, value in given.items() if value is not None
-    }
+    return config
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError for settings that an application would refuse."""
     for application in config["applications"]:
         _check(application)
-    return config
 
 
 def _check(application: dict[str, Any]) -> None:
