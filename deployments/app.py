@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
+from ray.serve import metrics as serve_metrics
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments import logs
+from deployments import logs, metrics
 from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
@@ -145,6 +146,7 @@ def _actor_options(node_labels: Mapping[str, str], **resources: float) -> dict[s
 class _GatewayReplica:
     def __init__(self, settings: FrontSettings, dispatcher: DeploymentHandle) -> None:
         _join_logs()
+        metrics.send_to(_RayMetrics())
         self._settings = settings
         # here and not in `front`, which runs on any node: the secret is for the gateway's alone
         self._digests = keys.parse(os.environ.get(settings.keys_env, ""))
@@ -196,6 +198,7 @@ class _GatewayReplica:
 class _DispatcherReplica:
     def __init__(self, settings: FrontSettings) -> None:
         _join_logs()
+        metrics.send_to(_RayMetrics())
         self._settings = settings
         self._dispatcher: Dispatcher | None = None
         self._sender: Sender | None = None
@@ -240,10 +243,12 @@ class _EntryReplica:
 class _WorkerReplica:
     def __init__(self, settings: ModelSettings) -> None:
         _join_logs()
+        metrics.send_to(_RayMetrics())
         began = time.monotonic()
         from deployments.worker import Worker  # imports torch, which only a replica needs
 
-        self._worker = Worker(settings, open_files(settings.files_url))
+        name = serve.get_replica_context().app_name
+        self._worker = Worker(settings, open_files(settings.files_url), name)
         self._meter = Meter(time.monotonic() - began)
 
     async def generate(self, job: Job, needs: Sequence[str] = (), waiting: int = 0) -> AsyncGenerator[Update]:
@@ -268,6 +273,7 @@ class _WorkerReplica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router is told of this replica, see Worker.holdings."""
+        self._worker.measure()
         holds = {need: (held.tier, held.nbytes) for need, held in self._worker.holdings().items()}
         return {"seconds": self._meter.seconds, "holds": holds}
 
@@ -355,6 +361,32 @@ def _needs(job: Job) -> tuple[str, ...]:
 
 def _digests(request: EndpointInput) -> tuple[str, ...]:
     return tuple(asset.digest for asset in weights(request))
+
+
+class _RayMetrics:
+    """Metrics as Ray's, made when they are first told of."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, metric: metrics.Metric, value: float, labels: Mapping[str, str]) -> None:
+        if metric.name not in self._made:
+            self._made[metric.name] = self._make(metric)
+        ours, tags = self._made[metric.name], dict(labels)
+        if metric.kind == "counter":
+            ours.inc(value, tags)
+        elif metric.kind == "gauge":
+            ours.set(value, tags)
+        else:
+            ours.observe(value, tags)
+
+    @staticmethod
+    def _make(metric: metrics.Metric) -> Any:
+        if metric.kind == "counter":
+            return serve_metrics.Counter(metric.name, metric.description, metric.labels)
+        if metric.kind == "gauge":
+            return serve_metrics.Gauge(metric.name, metric.description, metric.labels)
+        return serve_metrics.Histogram(metric.name, metric.description, list(metric.buckets), metric.labels)
 
 
 @contextmanager

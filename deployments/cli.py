@@ -108,6 +108,7 @@ def serve(
             started = server.start(settings, verbose=verbose)
             _stop_on_signal(stopped)  # Ray has put its own handlers in place
             print(f"logs in {started.logs}\nray at {started.ray_address}", flush=True)
+            print(f"metrics at {started.metrics_url}", flush=True)
             server.wait_until_ready(url, stopped, lambda line: console.print(line, highlight=False))
             if front and not stopped.is_set():
                 print(f"TLS on port {tls_port}", flush=True)

@@ -21,7 +21,8 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
-from deployments import crash, logs
+from deployments import crash, endings, metrics
+from deployments.gauges import Gauges
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
 from schemas.errors import (
@@ -91,6 +92,7 @@ class Dispatcher:
         self._runs: dict[str, Run] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._next_sweep = 0.0  # by the queue's clock
+        self._gauges = Gauges()
 
     async def configure(self, catalogue: Catalogue) -> None:
         """Serve this catalogue from now on. What runs goes on; what waits follows its endpoint.
@@ -127,8 +129,10 @@ class Dispatcher:
             await self._queue.changed(pause)
             try:
                 pause = await self._look()
+                metrics.STORE_UP.set(1)
             except Exception:
                 logger.exception("the queue could not be read")
+                metrics.STORE_UP.set(0)
                 pause = IDLE_S
 
     async def _look(self) -> float:
@@ -136,6 +140,7 @@ class Dispatcher:
         now = self._queue.now()
         if now >= self._next_sweep and await self._queue.leads("upkeep", self.owner):
             await self._queue.sweep()
+            await self._gauges.measure(self._queue, self._windows)
         waiting = await self._queue.waiting(self.owner, self._windows)
         self._next_sweep = min(now + IDLE_S, waiting.next_due or now + IDLE_S)
         for request_id in waiting.cancelled & self._runs.keys():
@@ -299,7 +304,7 @@ class Dispatcher:
         with contextlib.suppress(StoreDown):
             record = await self._queue.get(job.request_id, job.tenant)
             if record is not None:
-                logs.report(record)
+                endings.tell(record)
 
     async def _renew(self) -> None:
         """Renew the leases; stop what was lost."""

@@ -143,6 +143,7 @@ class Started:
 
     logs: Path
     ray_address: str  # for Python callers
+    metrics_url: str  # for Prometheus
 
 
 def start(config: dict[str, Any], *, verbose: bool) -> Started:
@@ -167,7 +168,8 @@ def start(config: dict[str, Any], *, verbose: bool) -> Started:
     client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
     client.deploy_apps(schema)
     info = context.address_info
-    return Started(Path(info["session_dir"]) / "logs" / "serve", info["gcs_address"])
+    metrics_url = f"http://{info['node_ip_address']}:{info['metrics_export_port']}/metrics"
+    return Started(Path(info["session_dir"]) / "logs" / "serve", info["gcs_address"], metrics_url)
 
 
 def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str], None]) -> None:

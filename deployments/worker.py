@@ -23,7 +23,8 @@ import torch
 from PIL.Image import Image as Picture
 from pydantic import BaseModel, ValidationError
 
-from deployments.affinity import Holding
+from deployments import metrics
+from deployments.affinity import Holding, Tier
 from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
 from deployments.files.weights import Weights
@@ -67,10 +68,12 @@ _Fetched = Picture | Path | bytes | AssetError
 class Worker:
     """One replica: a model, its endpoints' pipelines, an engine."""
 
-    def __init__(self, settings: ModelSettings, files: FileStore) -> None:
+    def __init__(self, settings: ModelSettings, files: FileStore, name: str = "") -> None:
+        """`name`: the model's application, for the metrics."""
         torch.set_num_threads(settings.cpu_threads or os.cpu_count() or 1)
         _bound_gpu_memory(settings)
         self._settings = settings
+        self._name = name
         self._files = files
         self._fetcher = Fetcher(files, settings.fetch)
         self._weights = Weights(self._fetcher, settings, _source)
@@ -105,6 +108,17 @@ class Worker:
         """The weights that requests have named, by their assets' digests, and where they are here."""
         return self._holdings.told()
 
+    def measure(self) -> None:
+        """Tell the metrics what is held."""
+        held = dict.fromkeys(Tier, 0)
+        for holding in self._holdings.told().values():
+            held[holding.tier] += holding.nbytes
+        for tier, nbytes in held.items():
+            metrics.HELD.set(nbytes, model=self._name, tier=tier)
+        if self._settings.device.startswith("cuda"):
+            for kind, nbytes in _gpu_memory(self._settings).items():
+                metrics.GPU_MEMORY.set(nbytes, model=self._name, kind=kind)
+
     async def run(self, endpoint_id: str, request: EndpointInput) -> BaseModel:
         """A direct call, past the queue: the endpoint's typed Input in, its typed Output out.
 
@@ -113,7 +127,7 @@ class Worker:
         job = Job(
             request_id=f"direct-{secrets.token_hex(8)}",
             endpoint_id=endpoint_id,
-            model=self._settings.model,
+            model=self._name,
             input=request.model_dump(mode="json"),
         )
         result = JobResult.failure(InternalError("The run ended without a result."))
@@ -190,6 +204,7 @@ class Worker:
 
     async def _answer(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
         pipeline, request = self._read(job)
+        self._count_lookups(request)
         watch = _Stopwatch()
         async with AsyncExitStack() as stack:
             fetched = await self._fetch(job, request, stack, emit)
@@ -212,10 +227,15 @@ class Worker:
         if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
         timings = watch.timings() | _pace(generation, watch)
+        _measure(self._name, timings)
         logger.debug("request %s in %s: %s", job.request_id, self._settings.dtype, timings)
         outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
         output = pipeline.answer(request, outcome)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
+
+    def _count_lookups(self, request: EndpointInput) -> None:
+        for asset in dict.fromkeys(weights(request)):
+            metrics.LOOKUPS.add(model=self._name, tier=self._holdings.tier(asset) or "none")
 
     def _read(self, job: Job) -> tuple[AnyPipeline, EndpointInput]:
         """The pipeline that runs a job, and its typed input. Raises NotFound, InputError, ValidationError."""
@@ -442,6 +462,17 @@ def _pace(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
     return {"steps_per_second": round(pace, 2), "rows": round(rows, 2)}
 
 
+def _measure(model: str, timings: Mapping[str, float]) -> None:
+    """Tell the metrics of a request that went well."""
+    for name, value in timings.items():
+        if name == "steps_per_second":
+            metrics.PACE.observe(value, model=model)
+        elif name == "rows":
+            metrics.COMPANY.observe(value, model=model)
+        elif name != "inference":  # their sum
+            metrics.STAGE.observe(value, model=model, stage=name)
+
+
 def _inline(encoded: Encoded) -> PictureFile:
     picture, data, kind = encoded.picture, encoded.data, images.content_type(encoded.format)
     return PictureFile(
@@ -464,6 +495,16 @@ def _bound_gpu_memory(settings: ModelSettings) -> None:
     """Ray's fraction is only bookkeeping; this makes torch keep to it."""
     if settings.device.startswith("cuda") and 0 < settings.num_gpus < 1:
         torch.cuda.set_per_process_memory_fraction(settings.num_gpus)
+
+
+def _gpu_memory(settings: ModelSettings) -> dict[str, int]:
+    """In bytes; `limit` is what the replica may have."""
+    _, total = torch.cuda.mem_get_info(settings.device)
+    return {
+        "allocated": torch.cuda.memory_allocated(settings.device),
+        "reserved": torch.cuda.memory_reserved(settings.device),
+        "limit": int(total * min(settings.num_gpus or 1.0, 1.0)),
+    }
 
 
 def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:

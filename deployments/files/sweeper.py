@@ -11,7 +11,7 @@ import re
 
 import obstore
 
-from deployments import crash
+from deployments import crash, metrics
 from deployments.files.store import FileStore, sent_name
 from deployments.files.uploads import SLACK_S, TICKET_S
 
@@ -52,6 +52,9 @@ class Sweeper:
     async def _run(self) -> None:
         while True:
             try:
+                free_bytes = self._files.place.free_bytes()
+                if free_bytes is not None:
+                    metrics.DISK_FREE.set(free_bytes)
                 if count := await self.sweep():
                     logger.info("removed %d files whose time was over", count)
             except Exception:

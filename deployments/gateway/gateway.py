@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from deployments import metrics
 from deployments.files.guard import Guard
 from deployments.files.store import FileStore
 from deployments.files.uploads import Uploads
@@ -167,7 +168,9 @@ class Gateway:
         receipt = await self._queue.submit(
             job, notes, wishes.max_queue_length, once, caller.actor, waits=wishes.waits
         )
-        if receipt.replayed:
+        if not receipt.replayed:
+            metrics.ACCEPTED.add(model=model, priority=job.priority.name.lower())
+        else:
             first = await self._queue.get(receipt.request_id, caller.tenant)
             job = first.job if first is not None else job
         logger.info("%s %s for %s", "found" if receipt.replayed else "accepted", job.request_id, endpoint_id)

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from deployments import metrics
 from deployments.gateway import answers, openai, pages, tokens
 from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
 from deployments.gateway.keys import Keys
@@ -160,6 +161,7 @@ class Errors:
             if known.status >= 500 and not isinstance(error, DarkroomError):
                 path = scope["path"].partition("/multipart/")[0]  # what follows is a ticket
                 logger.exception("%s %s failed, %s", scope["method"], path, _id(scope))
+            metrics.REFUSED.add(reason=known.error_type, status=str(known.status))
             if began:
                 raise
             told = openai.failure if scope["path"].startswith(openai.PREFIX) else answers.failure

@@ -564,8 +564,8 @@ async def test_t22_a_request_that_ended_has_one_line_in_the_log(
     clock: Clock,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "deployments.logs")
-    log, ends = logging.getLogger("deployments.logs"), Ends()
+    caplog.set_level(logging.INFO, "deployments.endings")
+    log, ends = logging.getLogger("deployments.endings"), Ends()
     log.addHandler(ends)
     dispatcher = await make_dispatcher()
     model.open.set()

@@ -8,7 +8,7 @@ from tests.support import crds
 from tests.support.cluster import Cluster
 
 KUBERNETES = "1.34"
-OTHERS = ("PodMonitor",)  # of the Prometheus operator, whose schemas are not at hand
+OTHERS = ("PodMonitor", "PrometheusRule")  # of the Prometheus operator, whose schemas are not at hand
 
 
 def by_kuberay(cluster: Cluster) -> Iterator[str]:

@@ -89,6 +89,12 @@ class Server:
         [address] = re.findall(r"^ray at (\S+)$", self.log.read_text(), re.MULTILINE)
         return str(address)
 
+    @property
+    def metrics_url(self) -> str:
+        """What Prometheus reads."""
+        [url] = re.findall(r"^metrics at (\S+)$", self.log.read_text(), re.MULTILINE)
+        return str(url)
+
     def stop(self) -> int:
         """As Ctrl-C does; returns the exit code."""
         self.process.send_signal(signal.SIGINT)
