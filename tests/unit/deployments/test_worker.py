@@ -32,7 +32,7 @@ from schemas.endpoints import flux_general_rf_inversion as general
 from schemas.endpoints import lora_image_to_image as anything
 from schemas.endpoints.flux_dev import Input, Output
 from schemas.errors import AssetError, InputError, RequestFailed
-from schemas.jobs import Job, JobResult, Logged, Previewed, Update
+from schemas.jobs import Job, JobResult, Logged, Previewed, Priority, Update
 from schemas.settings import BaseSettings, FetchSettings, Limits, ModelSettings, WeightSettings
 from tests.support.fields import TestT, shows
 from tests.support.hostile_pictures import REFUSED, many_scans
@@ -186,14 +186,45 @@ async def test_pictures_are_kept_and_their_urls_lead_to_the_callers_server(
         assert len(data) == stored.size
         with Image.open(io.BytesIO(data)) as decoded:
             assert (decoded.format, decoded.size) == ("JPEG", (64, 48))
-    stages = ["fetch", "load", "encode", "denoise", "decode", "upload"]
-    assert list(output.timings) == ["inference", *stages, "steps_per_second", "rows"]
+    stages = ["fetch", "adapters", "encode", "denoise", "decode", "upload"]
+    assert list(output.timings) == ["queue", "inference", *stages, "steps_per_second", "rows"]
     assert output.timings["inference"] == pytest.approx(
         sum(output.timings[each] for each in stages), abs=1e-3
     )
     assert 1 <= output.timings["rows"] <= 2
     assert output.timings["steps_per_second"] > 0
     assert output.seed == 5
+
+
+async def test_the_wait_before_the_start_is_told_and_is_no_part_of_the_work(make_worker: Make) -> None:
+    *_, last = await updates(make_worker(), make_job(input=FIELDS, waited_s=600))
+    assert last.result is not None
+    timings = last.result.output()["timings"]
+    assert 600 <= timings["queue"] < 700
+    assert timings["inference"] < 600
+
+
+async def test_the_log_says_in_which_numbers_and_by_which_attention(make_worker: Make) -> None:
+    told = lines(await updates(make_worker(), make_job(input=FIELDS)))
+    assert told[:2] == ["in float32, by sdpa attention", "step 1/2"]
+
+
+async def test_a_short_job_of_normal_priority_passes_a_long_one_of_low(make_worker: Make) -> None:
+    worker, ends = make_worker(batch_rows=1), list[str]()
+    has_begun = asyncio.Event()
+
+    async def follow(name: str, job: Job) -> None:
+        async for update in worker.generate(job):
+            if any(isinstance(each, Logged) and each.message.startswith("step") for each in update.events):
+                has_begun.set()
+        ends.append(name)
+
+    long = FIELDS | {"num_inference_steps": 50, "num_images": 4}
+    async with asyncio.TaskGroup() as group:
+        group.create_task(follow("long", make_job(input=long, priority=Priority.LOW)))
+        await has_begun.wait()
+        group.create_task(follow("short", make_job(input=FIELDS)))
+    assert ends == ["short", "long"]
 
 
 @shows_everywhere("sync_mode")
