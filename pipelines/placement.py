@@ -60,9 +60,8 @@ class Placement:
         if not self.share:
             return "on the CPU"
         if self.room is None:
-            return (
-                f"needs {_gib(self.needed)} of its {self.share:g} GPU, and {_gib(_sum(self.stores))} for more"
-            )
+            more = _gib(_sum(self.stores))
+            return f"needs {_gib(self.needed)} on its {self.share:g} GPU, and at most {more} more"
         if (over := self.needed - self.room) > 0:
             return f"does not fit: {over} bytes ({_gib(over)}) too much for {self._what_it_has()}"
         if (over := self.needed + _sum(self.stores) - self.room) > 0:

@@ -8,8 +8,9 @@ import signal
 import tarfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from schemas.assets import Asset, AssetKind, weights
 from schemas.endpoints import flux_general_rf_inversion as general
 from schemas.endpoints import lora_image_to_image as anything
 from schemas.endpoints.flux_dev import Input, Output
-from schemas.errors import AssetError, InputError, RequestFailed
+from schemas.errors import AssetError, InputError, NoRoom, RequestFailed
 from schemas.jobs import Job, JobResult, Logged, Previewed, Priority, Update
 from schemas.settings import BaseSettings, FetchSettings, Limits, ModelSettings, WeightSettings
 from tests.support.fields import TestT, shows
@@ -1060,3 +1061,36 @@ def test_a_closed_engine_is_unhealthy(make_worker: Make) -> None:
 async def test_a_picture_that_gets_no_noise_is_answered_without_a_step(answer: Answer) -> None:
     output = await answer("fal-ai/lora/image-to-image", noise_strength=0, num_images=2)
     assert [(image["width"], image["height"]) for image in output["images"]] == [(64, 64)] * 2
+
+
+class FakeCard:
+    """What is asked of a GPU before anything is put on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total_bytes: int) -> None:
+        self.fractions: list[float] = []
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total_bytes)
+        )
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.fractions.append)
+
+
+def test_a_model_that_cannot_fit_its_share_of_a_gpu_refuses_to_start(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = FakeCard(monkeypatch, 1 << 28)
+    with caplog.at_level("INFO"), pytest.raises(NoRoom, match=r"does not fit: \d+ bytes .* num_gpus"):
+        make_worker(device="cuda", num_gpus=0.25)
+    assert card.fractions == [0.25]
+    assert "model/transformer" in caplog.text, "the report comes first"
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "bound"), [("cuda", 0.5, [0.5]), ("cuda", 1, []), ("cpu", 0, [])]
+)
+def test_the_memory_that_torch_takes_is_bound_to_the_share_of_the_gpu(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch, device: str, share: float, bound: list[float]
+) -> None:
+    card = FakeCard(monkeypatch, 1)
+    with nullcontext() if device == "cpu" else pytest.raises(NoRoom):
+        make_worker(device=device, num_gpus=share)
+    assert card.fractions == bound
