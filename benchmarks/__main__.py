@@ -3,6 +3,7 @@
 from benchmarks import (
     adapters,
     bases,
+    batching,
     engine,
     measure,
     overhead,
@@ -22,6 +23,7 @@ for benchmark in (
     protocol,
     routing,
     scaling,
+    batching,
     engine,
     adapters,
     bases,

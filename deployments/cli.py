@@ -36,7 +36,7 @@ from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
 from schemas.access import Allowance
 from schemas.deliveries import DeliveryState
-from schemas.errors import Erased, StoreDown
+from schemas.errors import Erased, NoRoom, StoreDown
 from schemas.jobs import Priority
 from schemas.settings import FrontSettings
 
@@ -72,6 +72,9 @@ def serve(
     config: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = CONFIG,
     host: Annotated[str | None, typer.Option(help="instead of the file's")] = None,
     port: Annotated[int | None, typer.Option(help="instead of the file's", min=1, max=65535)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="of all models, instead of the file's; cpu: in float32 and on no GPU")
+    ] = None,
     key: Annotated[
         list[str] | None,
         typer.Option(help=f"ID:SECRET; turns authentication on, as does {KEYS_ENV}"),
@@ -91,7 +94,7 @@ def serve(
     os.environ[KEYS_ENV] = " ".join([*os.environ.get(KEYS_ENV, "").split(), *(key or [])])
     with _explained():
         is_closed = bool(keys.parse(os.environ[KEYS_ENV])) or bool(_in_queue(config, open_keys, KeyTable.all))
-        settings = server.load_config(config, host, port)
+        settings = server.load_config(config, host, port, device)
         url = server.address(settings)
     if json_logs:
         settings["logging_config"] = {**(settings.get("logging_config") or {}), "encoding": "JSON"}
@@ -118,6 +121,28 @@ def serve(
     finally:
         console.print("stopping")
         server.stop()
+
+
+@app.command()
+def plan(
+    config: Config = CONFIG,
+    gpu_gib: Annotated[
+        float | None, typer.Option(help="memory of a GPU; without it no verdict is given", min=0)
+    ] = None,
+) -> None:
+    """Tell what each model takes of a GPU, by its files and without loading them; needs no GPU itself."""
+    with _explained():
+        settings = server.model_settings(server.load_config(config, None, None))
+    from pipelines.placement import GIB, placed  # imports torch, which the other commands do not need
+    from pipelines.sources import locate
+
+    card_bytes = None if gpu_gib is None else int(gpu_gib * GIB)
+    found = [placed(each, locate, card_bytes) for each in settings]
+    for placement in found:
+        print("\n".join(placement.lines()))
+    with _explained():
+        for placement in found:
+            placement.check()
 
 
 @app.command()
@@ -484,6 +509,7 @@ def _explained() -> Iterator[None]:
         Refused,
         Erased,
         StoreDown,
+        NoRoom,
         RuntimeError,
         ValueError,
         OSError,

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
@@ -274,8 +274,9 @@ class Dispatcher:
     async def _follow(self, claim: Claim, waiting: int, hear: Callable[[Update], None]) -> None:
         """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
+        job = replace(claim.job, waited_s=claim.waited_s)
         is_timed = claim.start_deadline is not None
-        async with contextlib.aclosing(handle.generate(claim.job, waiting)) as updates:
+        async with contextlib.aclosing(handle.generate(job, waiting)) as updates:
             async for update in updates:
                 hear(update)
                 crash.point("dispatcher.heard")

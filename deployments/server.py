@@ -20,6 +20,8 @@ from schemas.settings import Catalogue, FrontSettings, ModelSettings, Settings
 READY_TIMEOUT_S = 600.0
 POLL_S = 0.2
 
+MODEL = "deployments.app:model"  # the builder of a model's application
+
 HEAD_S = 30  # how long a connection may take to send a request's headers
 
 # Set before Ray is imported, unless the operator has said otherwise.
@@ -59,8 +61,8 @@ INNER_PORTS = (
 )
 
 
-def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any]:
-    """The configuration, with the address replaced where one is given.
+def load_config(path: Path, host: str | None, port: int | None, device: str | None = None) -> dict[str, Any]:
+    """The configuration, with the address and the models' device replaced where they are given.
 
     Raises ValueError for what could not be deployed: better now than when Ray has started.
     """
@@ -69,6 +71,8 @@ def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any
     config["http_options"] = (config.get("http_options") or {}) | {
         name: value for name, value in given.items() if value is not None
     }
+    if device is not None:
+        _put_on(device, config["applications"])
     check_config(config)
     return config
 
@@ -85,9 +89,37 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raise ValueError for settings that an application would refuse."""
+    """Raise ValueError for settings that an application would refuse, and for routes that lead nowhere."""
     for application in config["applications"]:
         _check(application)
+    _check_routes(config["applications"])
+
+
+def _check_routes(applications: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError for an endpoint that leads to an application here which does not serve it.
+
+    One that is not here may be deployed on its own.
+    """
+    served = {
+        each.get("name"): (each.get("args") or {}).get("endpoints") or ()
+        for each in applications
+        if each.get("import_path") == MODEL
+    }
+    for application in applications:
+        for deployment in application.get("deployments") or []:
+            catalogue = Catalogue.model_validate(deployment.get("user_config") or {"models": {}})
+            for endpoint_id, name in catalogue.routes().items():
+                if name in served and endpoint_id not in served[name]:
+                    place = f"user_config of {deployment.get('name')}"
+                    raise ValueError(f"{place}: {endpoint_id} leads to {name}, which does not serve it")
+
+
+def _put_on(device: str, applications: Iterable[dict[str, Any]]) -> None:
+    """All models on another device than their own; a CPU is no GPU and computes in float32."""
+    change = {"device": device} | ({"num_gpus": 0, "dtype": "float32"} if device == "cpu" else {})
+    for application in applications:
+        if application.get("import_path") == MODEL:
+            application["args"] = (application.get("args") or {}) | change
 
 
 def _check(application: dict[str, Any]) -> None:
@@ -128,6 +160,12 @@ def front_settings(config: dict[str, Any]) -> FrontSettings:
         if application.get("import_path") == "deployments.app:front":
             return FrontSettings.model_validate(application.get("args") or {})
     raise ValueError("the configuration has no application deployments.app:front")
+
+
+def model_settings(config: dict[str, Any]) -> list[ModelSettings]:
+    """The settings of the models in a configuration that has been checked."""
+    models = (each for each in config["applications"] if each.get("import_path") == MODEL)
+    return [ModelSettings.model_validate(each.get("args") or {}) for each in models]
 
 
 def address(config: dict[str, Any]) -> str:

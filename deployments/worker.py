@@ -31,12 +31,14 @@ from deployments.files.weights import Weights
 from deployments.holdings import Holdings
 from deployments.pictures.decoders import Decoders
 from deployments.progress import Progress
-from pipelines import images, registry, zoo
+from pipelines import images, pacing, registry, sources
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
 from pipelines.decoding import Decoding
 from pipelines.engine.engine import Engine
 from pipelines.engine.memory import with_room
+from pipelines.engine.pace import Pace
 from pipelines.exit import Encoded, Exit, Finished
+from pipelines.placement import placed
 from pipelines.safety import SafetyChecker
 from schemas.assets import Asset, AssetKind, assets, weights
 from schemas.errors import (
@@ -72,15 +74,17 @@ class Worker:
         """`name`: the model's application, for the metrics."""
         torch.set_num_threads(settings.cpu_threads or os.cpu_count() or 1)
         _bound_gpu_memory(settings)
+        _check_room(settings)
         self._settings = settings
         self._name = name
         self._files = files
         self._fetcher = Fetcher(files, settings.fetch)
-        self._weights = Weights(self._fetcher, settings, _source)
+        self._weights = Weights(self._fetcher, settings, sources.locate)
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._prefetching = asyncio.Semaphore(PREFETCHES)
         self._prefetches: set[asyncio.Task[None]] = set()
         self._pipelines, model = _load(settings)
+        self._manner = f"in {model.precision or settings.dtype}, by {model.attention} attention"
         self._holdings = Holdings(model)
         self._exit = Exit(_load_safety_checker(settings), settings.safety)
         self._decodings = Decoding()
@@ -89,8 +93,10 @@ class Worker:
         self._loading = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="load")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._engine = Engine(model.predict, settings.batch_tokens)
+        self._engine = Engine(model.predict, settings.batch_tokens, _pace(settings, self._pipelines, model))
         self._engine.start()
+        if settings.device.startswith("cuda"):
+            logger.info("at most %.2f GiB were in use so far", torch.cuda.max_memory_allocated() / 2**30)
 
     def check_health(self) -> None:
         """Raise when the replica must be replaced."""
@@ -186,12 +192,14 @@ class Worker:
                 lease.release()
 
     async def _perform(self, job: Job, outbox: "_Outbox") -> JobResult:
+        came = time.monotonic()
         try:
             async with self._slots:
+                queue_s = job.waited_s + time.monotonic() - came
                 outbox.has_begun = True
                 if job.start_timeout_s is not None:
                     outbox.filled.set()  # somebody waits to hear that
-                return await self._answer(job, outbox.add)
+                return await self._answer(job, queue_s, outbox.add)
         except ServerError as error:
             logger.warning("request %s failed: %s", job.request_id, error.message)
             return JobResult.failure(error)
@@ -202,7 +210,7 @@ class Worker:
             message = f"The model failed. The server's log says why, under {job.request_id}."
             return JobResult.failure(InternalError(message))
 
-    async def _answer(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
+    async def _answer(self, job: Job, queue_s: float, emit: Callable[[JobEvent], None]) -> JobResult:
         pipeline, request = self._read(job)
         self._count_lookups(request)
         watch = _Stopwatch()
@@ -210,12 +218,13 @@ class Worker:
             fetched = await self._fetch(job, request, stack, emit)
             watch.lap("fetch")
             stack.enter_context(await self._hold(pipeline, request, fetched))
-            watch.lap("load")
+            watch.lap("adapters")
             generation = await self._prepare(pipeline, request, fetched)
             with generation.resources:
                 for note in generation.notes:
                     emit(Logged(note, "WARN"))
                 watch.lap("encode")
+                emit(Logged(self._manner))
                 await self._denoise(job, pipeline, request, generation, emit)
                 watch.lap("denoise")
             # what is held stays: the decoder may be part of it
@@ -226,9 +235,9 @@ class Worker:
         watch.lap("upload")
         if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
-        timings = watch.timings() | _pace(generation, watch)
+        timings = {"queue": round(queue_s, 4)} | watch.timings() | _speed(generation, watch)
         _measure(self._name, timings)
-        logger.debug("request %s in %s: %s", job.request_id, self._settings.dtype, timings)
+        logger.debug("request %s %s: %s", job.request_id, self._manner, timings)
         outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
         output = pipeline.answer(request, outcome)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
@@ -308,7 +317,7 @@ class Worker:
         ahead = [sample for sample in generation.samples if not sample.is_done]
         progress = Progress(ahead, asyncio.get_running_loop())
         for sample in ahead:
-            self._engine.add(sample, progress)
+            self._engine.add(sample, progress, job.priority)
         previewed_at = 0.0
         try:
             async for step in progress.steps():
@@ -452,14 +461,14 @@ class _Stopwatch:
         return {"inference": round(self._last - self._start, 4), **self._laps}
 
 
-def _pace(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
+def _speed(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
     """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps."""
     steps = [sample.step for sample in generation.samples]
     if not any(steps):
         return {}
     rows = sum(sample.company for sample in generation.samples) / sum(steps)
-    pace = max(steps) / max(watch.seconds("denoise"), 1e-4)
-    return {"steps_per_second": round(pace, 2), "rows": round(rows, 2)}
+    speed = max(steps) / max(watch.seconds("denoise"), 1e-4)
+    return {"steps_per_second": round(speed, 2), "rows": round(rows, 2)}
 
 
 def _measure(model: str, timings: Mapping[str, float]) -> None:
@@ -469,7 +478,7 @@ def _measure(model: str, timings: Mapping[str, float]) -> None:
             metrics.PACE.observe(value, model=model)
         elif name == "rows":
             metrics.COMPANY.observe(value, model=model)
-        elif name != "inference":  # their sum
+        elif name not in ("queue", "inference"):  # what is no stage, and the sum of those
             metrics.STAGE.observe(value, model=model, stage=name)
 
 
@@ -507,6 +516,16 @@ def _gpu_memory(settings: ModelSettings) -> dict[str, int]:
     }
 
 
+def _check_room(settings: ModelSettings) -> None:
+    """Log what the model will take. Raises NoRoom where that is more than it has."""
+    card = None
+    if settings.device.startswith("cuda"):
+        card = torch.cuda.get_device_properties(settings.device).total_memory
+    placement = placed(settings, sources.locate, card)
+    logger.info("%s", "\n".join(placement.lines()))
+    placement.check()
+
+
 def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
     """The resident model, and a pipeline on it for each endpoint."""
     endpoints = [registry.endpoint(endpoint_id) for endpoint_id in settings.endpoints]
@@ -515,20 +534,27 @@ def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
     if len(families) != 1:
         raise ValueError(f"one model cannot serve several families: {sorted(families)}")
     started = time.monotonic()
-    model = next(iter(kinds.values())).model_type.load(settings, _source)
+    model = next(iter(kinds.values())).model_type.load(settings, sources.locate)
     logger.info("loaded %s in %.1f s", settings.model, time.monotonic() - started)
     return {endpoint_id: kind(model) for endpoint_id, kind in kinds.items()}, model
+
+
+def _pace(settings: ModelSettings, pipelines: Mapping[str, AnyPipeline], model: Model) -> Pace:
+    """How many rows gain: as the settings say, or as this device shows."""
+    if settings.batch_rows is not None or settings.device == "cpu":
+        return Pace(rows=settings.batch_rows)
+    endpoint_id, pipeline = next(iter(pipelines.items()))
+    started = time.monotonic()
+    with pacing.probes(pipeline, registry.endpoint(endpoint_id).schema(), settings) as samples:
+        pace = pacing.measured(model.predict, samples, settings.batch_tokens)
+    for curve in pace.curves:
+        took = ", ".join(f"{rows}: {seconds * 1000:.1f} ms" for rows, seconds in curve.seconds.items())
+        logger.info("rows of %d image tokens: %s; %d gain", curve.cost, took, curve.rows)
+    logger.info("measured the pace of %s in %.1f s", settings.model, time.monotonic() - started)
+    return pace
 
 
 def _load_safety_checker(settings: ModelSettings) -> SafetyChecker | None:
     if settings.safety_checker is None:
         return None
-    return SafetyChecker.load(_source(settings.safety_checker), settings.device)
-
-
-def _source(name: str) -> Path | str:
-    """`zoo:NAME` → its folder, built when absent; a folder or file → itself; anything else is a Hub id."""
-    if name.startswith("zoo:"):
-        return zoo.locate(name.removeprefix("zoo:"))
-    path = Path(name).expanduser()
-    return path if path.exists() else name
+    return SafetyChecker.load(sources.locate(settings.safety_checker), settings.device)

@@ -313,6 +313,12 @@ class ModelSettings(Settings):
     batch_tokens: int = Field(
         16_384, gt=0, description="image tokens that one forward may hold; 1024 × 1024 has 4096"
     )
+    batch_rows: int | None = Field(
+        None,
+        ge=1,
+        description="pictures of one shape in a forward, if they fit; null: as many as gain, which a replica "
+        "on a GPU measures when it starts, for some seconds; on a CPU as many as fit",
+    )
     lora_rank: int = Field(128, ge=0, description="total rank of the LoRAs resident beside the model")
     adapter_bytes: int = Field(
         12 * 2**30,

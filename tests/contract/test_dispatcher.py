@@ -84,6 +84,18 @@ async def test_a_job_runs_and_its_events_are_kept(
     assert lines == ["step 1/2", "step 2/2"]
 
 
+async def test_a_worker_hears_how_long_its_job_has_waited(
+    queue: Queue, make_dispatcher: Make, model: ScriptedModel, clock: Clock
+) -> None:
+    job = make_job()
+    await queue.submit(job)
+    clock.now += 7
+    await make_dispatcher()
+    model.open.set()
+    assert (await end(queue, job)).status == 200
+    assert model.waited == [7]
+
+
 async def test_no_more_than_the_window_is_handed_over(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
 ) -> None:
