@@ -16,7 +16,7 @@ from torch import nn
 
 from pipelines.footprint import TOKEN_PX, Component, components, decode_bytes, decoder_dtype, forward_bytes
 from schemas.errors import AssetError, NoRoom
-from schemas.settings import ModelSettings
+from schemas.settings import BaseSettings, ModelSettings
 
 GIB = 2**30
 CLIP_TOKENS = 77
@@ -163,6 +163,8 @@ def _stores(settings: ModelSettings, dtype: torch.dtype, folder: Path | None) ->
         yield _told(
             "LoRA bank", lambda: _bank(layers, dtype, settings.lora_rank), f"rank {settings.lora_rank}"
         )
+    if settings.bases != BaseSettings():
+        yield Part("base models", settings.bases.memory_bytes, "the one at the start included")
     yield Part("adapters", settings.adapter_bytes)
     yield Part("texts and pictures", settings.text_cache_bytes + settings.picture_cache_bytes)
 
