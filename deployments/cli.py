@@ -477,7 +477,8 @@ def _watch(remote: Remote, receipt: dict[str, Any]) -> None:
                     done, total = map(int, step.groups())
                     progress.update(bar, description=line["message"], completed=done, total=total)
                 else:
-                    progress.console.print(f"{line['level'].lower()}: {line['message']}", style="yellow")
+                    style = "dim" if line["level"] in ("DEBUG", "INFO") else "yellow"
+                    progress.console.print(f"{line['level'].lower()}: {line['message']}", style=style)
 
 
 def _save(remote: Remote, image: dict[str, Any], stem: Path) -> Path:

@@ -31,6 +31,7 @@ from deployments.files.weights import Weights
 from deployments.holdings import Holdings
 from deployments.pictures.decoders import Decoders
 from deployments.progress import Progress
+from deployments.slots import Slots
 from pipelines import images, pacing, registry, sources
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
 from pipelines.decoding import Decoding
@@ -80,7 +81,7 @@ class Worker:
         self._files = files
         self._fetcher = Fetcher(files, settings.fetch)
         self._weights = Weights(self._fetcher, settings, sources.locate)
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._slots = Slots(settings.concurrency)
         self._prefetching = asyncio.Semaphore(PREFETCHES)
         self._prefetches: set[asyncio.Task[None]] = set()
         self._pipelines, model = _load(settings)
@@ -194,7 +195,7 @@ class Worker:
     async def _perform(self, job: Job, outbox: "_Outbox") -> JobResult:
         came = time.monotonic()
         try:
-            async with self._slots:
+            async with self._slots.held(job.priority):
                 queue_s = job.waited_s + time.monotonic() - came
                 outbox.has_begun = True
                 if job.start_timeout_s is not None:

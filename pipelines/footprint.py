@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,18 @@ def decoder_dtype(vae: Component, dtype: torch.dtype) -> torch.dtype:
 def forward_bytes(denoiser: Component, dtype: torch.dtype, tokens: int, text_tokens: int) -> int:
     """The peak of a forward of `tokens` image tokens, in rows of 512 × 512 with `text_tokens` each.
 
-    Raises KeyError for a model that is neither FLUX's transformer nor a UNet of Stable Diffusion.
+    Raises KeyError for a model that is neither FLUX's transformer nor a UNet, or a ControlNet beside it, of
+    Stable Diffusion.
     """
     module = denoiser.module(dtype)
     rows = max(1, tokens // (ROW_PX // TOKEN_PX) ** 2)
-    with torch.device("meta"):
-        call = _CALLS[type(module).__name__](module, dtype, rows, text_tokens)
-    return peak_bytes(call, [module])
+    prepare = _CALLS[type(module).__name__]
+
+    def forward() -> object:
+        with torch.device("meta"):
+            return prepare(module, dtype, rows, text_tokens)()
+
+    return peak_bytes(forward, [module])
 
 
 def decode_bytes(vae: Component, dtype: torch.dtype, pixels: int) -> int:
@@ -109,8 +115,15 @@ def _flux(module: Any, dtype: torch.dtype, rows: int, text_tokens: int) -> Calla
     return lambda: module(**inputs)
 
 
-def _unet(module: Any, dtype: torch.dtype, rows: int, text_tokens: int) -> Callable[[], object]:
-    config, side = module.config, ROW_PX // CELL_PX
+def _controlnet(module: Any, dtype: torch.dtype, rows: int, text_tokens: int) -> Callable[[], object]:
+    pictures = torch.empty(rows, module.config.conditioning_channels, ROW_PX, ROW_PX, dtype=dtype)
+    return _unet(partial(module, controlnet_cond=pictures), dtype, rows, text_tokens, module.config)
+
+
+def _unet(
+    module: Any, dtype: torch.dtype, rows: int, text_tokens: int, config: Any = None
+) -> Callable[[], object]:
+    config, side = config or module.config, ROW_PX // CELL_PX
     added = None
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -127,4 +140,5 @@ def _unet(module: Any, dtype: torch.dtype, rows: int, text_tokens: int) -> Calla
 _CALLS: Mapping[str, Callable[[Any, torch.dtype, int, int], Callable[[], object]]] = {
     "FluxTransformer2DModel": _flux,
     "UNet2DConditionModel": _unet,
+    "ControlNetModel": _controlnet,
 }

@@ -16,7 +16,7 @@ from torch import nn
 
 from pipelines.footprint import TOKEN_PX, Component, components, decode_bytes, decoder_dtype, forward_bytes
 from schemas.errors import AssetError, NoRoom
-from schemas.settings import ModelSettings
+from schemas.settings import BaseSettings, ModelSettings
 
 GIB = 2**30
 CLIP_TOKENS = 77
@@ -101,7 +101,7 @@ def placed(
     return Placement(
         settings.model,
         tuple(_weights(settings, dtype, locate)),
-        tuple(_peaks(settings, dtype, found)),
+        tuple(_peaks(settings, dtype, found, locate)),
         tuple(_stores(settings, dtype, found)),
         settings.num_gpus if settings.device.startswith("cuda") else 0,
         card_bytes,
@@ -139,7 +139,9 @@ def _parts(
         yield _told(name, partial(each.nbytes, kept), str(kept).removeprefix("torch."))
 
 
-def _peaks(settings: ModelSettings, dtype: torch.dtype, folder: Path | None) -> Iterator[Part]:
+def _peaks(
+    settings: ModelSettings, dtype: torch.dtype, folder: Path | None, locate: Callable[[str], Path | str]
+) -> Iterator[Part]:
     """Of the largest forward and the largest picture."""
     parts = {each.name: each for each in components(folder)} if folder is not None and folder.is_dir() else {}
     pixels = settings.limits.max_pixels
@@ -151,7 +153,10 @@ def _peaks(settings: ModelSettings, dtype: torch.dtype, folder: Path | None) -> 
     else:
         yield Part("forward, decode", None, "the model has no folder here with a transformer or a unet")
         return
-    yield _told("forward", lambda: forward_bytes(net, dtype, tokens, length), f"{tokens} image tokens")
+    yield _told("forward", partial(forward_bytes, net, dtype, tokens, length), f"{tokens} image tokens")
+    beside = _local(settings.controlnet, locate) if settings.controlnet else None
+    for net in components(beside) if beside is not None else []:
+        yield _told("controlnet", partial(forward_bytes, net, dtype, tokens, length), "beside the forward")
     if vae := parts.get("vae"):
         kept = decoder_dtype(vae, dtype)
         yield _told("decode", lambda: decode_bytes(vae, kept, pixels), f"{pixels / 1e6:.1f} megapixels")
@@ -163,6 +168,8 @@ def _stores(settings: ModelSettings, dtype: torch.dtype, folder: Path | None) ->
         yield _told(
             "LoRA bank", lambda: _bank(layers, dtype, settings.lora_rank), f"rank {settings.lora_rank}"
         )
+    if settings.bases != BaseSettings():
+        yield Part("base models", settings.bases.memory_bytes, "the one at the start included")
     yield Part("adapters", settings.adapter_bytes)
     yield Part("texts and pictures", settings.text_cache_bytes + settings.picture_cache_bytes)
 

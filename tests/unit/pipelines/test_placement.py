@@ -36,7 +36,8 @@ def settings(name: str, flux_folder: Path) -> ModelSettings:
 
 def parts(settings: ModelSettings) -> dict[str, int | None]:
     found = placed(settings, locate)
-    return {each.name: each.nbytes for each in (*found.weights, *found.peaks, *found.stores)}
+    weights, peaks = ({each.name: each.nbytes for each in part} for part in (found.weights, found.peaks))
+    return weights | {f"peak of {name}": nbytes for name, nbytes in peaks.items()}
 
 
 def modules(model: Any) -> dict[str, nn.Module]:
@@ -52,43 +53,25 @@ def modules(model: Any) -> dict[str, nn.Module]:
 
 @EVERY
 def test_weights_and_peaks_are_told_as_they_are(name: str, settings: ModelSettings) -> None:
-    """The peaks to a fifth: a step of ours keeps a little beside the model's own forward."""
+    """The peaks to a tenth: a step of ours keeps a little beside the model's own forward."""
     told = parts(settings)
     endpoint = ENDPOINTS[FAMILIES[name]]
     kind = endpoint.pipeline().Pipeline
-    model = kind.model_type.load(settings.model_copy(update={"controlnet": None}), Path)
+    model = kind.model_type.load(settings, Path)
     loaded = modules(model)
     for part, module in loaded.items():
         assert told[f"model/{part}"] == sum(each.nbytes for each in module.parameters())
-    model.controlnet = None
-    if name == "flux":
-        with probes(kind(model), endpoint.schema(), settings, sides=(512,)) as [sample]:
-            rows = [sample] * 2
-            step = peak_bytes(lambda: model.predict(rows), loaded.values())
-            decoded = peak_bytes(lambda: kind(model).finish(sample), loaded.values())
-        assert told["forward"] == pytest.approx(step, rel=0.2)
-    else:
-        latents = torch.zeros(4, 64, 64)
-        decoded = peak_bytes(lambda: model.base.decode(latents), loaded.values())
-    assert told["decode"] == pytest.approx(decoded, rel=0.2)
-
-
-def test_a_unets_forward_is_told_as_it_is(flux_folder: Path) -> None:
-    parts = {each.name: each for each in components(zoo.locate("sdxl", flux_folder.parent))}
-    unet: Any = parts["unet"].module().to_empty(device="cpu")
-    inputs = {
-        "sample": torch.zeros(2, 4, 64, 64),
-        "timestep": torch.zeros(2),
-        "encoder_hidden_states": torch.zeros(2, 77, unet.config.cross_attention_dim),
-        "added_cond_kwargs": {
-            "text_embeds": torch.zeros(
-                2, unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-            ),
-            "time_ids": torch.zeros(2, 6),
-        },
-    }
-    real = peak_bytes(lambda: unet(**inputs), [unet])
-    assert forward_bytes(parts["unet"], torch.float32, 2048, 77) == pytest.approx(real, rel=0.02)
+    decoder = loaded.pop("vae")
+    count = {"flux": 2, "sdxl": 1}[name]  # guidance makes two rows of one sample
+    with probes(kind(model), endpoint.schema(), settings, sides=(512,)) as [sample]:
+        rows = [sample] * count
+        beside = [model.controlnet] if name == "sdxl" else []
+        step = peak_bytes(lambda: model.predict(rows), [*loaded.values(), *beside])
+        decoded = peak_bytes(lambda: kind(model).finish(sample), [decoder])
+    assert (told["peak of forward"] or 0) + (told.get("peak of controlnet") or 0) == pytest.approx(
+        step, rel=0.1
+    )
+    assert told["peak of decode"] == pytest.approx(decoded, rel=0.1)
 
 
 def test_rows_and_pixels_cost_in_proportion(flux_folder: Path) -> None:
