@@ -37,5 +37,7 @@ def test_metrics_of_every_process_come_out_of_the_nodes_port(server: Server) -> 
         text = scraped(server)
         missing = [name for name in wanted if f"ray_{name}" not in text]
         time.sleep(0.5)
-    assert not missing, sorted({line.split("{")[0] for line in text.splitlines() if "darkroom_" in line})
+    assert not missing, sorted(
+        {line.split("{")[0] for line in text.splitlines() if line.startswith("ray_darkroom_")}
+    )
     assert 'stage="denoise"' in text
