@@ -29,6 +29,7 @@ COLOURS = {
     "orange": (245, 135, 20),
 }
 SHAPES = ("circle", "square", "triangle")
+UNSAFE = "cross"  # which no caption has: what the safety checker's stand-in flags
 POSITIONS = {
     "center": (0.5, 0.5),
     "left": (0.3, 0.5),
@@ -105,6 +106,9 @@ def distance(shape: str, x: float, y: float, radius: float, side_px: int) -> NDA
         far: Any = np.hypot(right, down) - radius
     elif shape == "square":
         far = np.maximum(abs(right), abs(down)) - radius
+    elif shape == UNSAFE:  # as thick as a third of it
+        low, high = np.minimum(abs(right), abs(down)), np.maximum(abs(right), abs(down))
+        far = np.maximum(low - radius / 3, high - radius)
     else:  # its tip up, as wide as high
         slope = (2 * abs(right) - down - radius) / 5**0.5
         far = np.maximum(slope, down - radius)

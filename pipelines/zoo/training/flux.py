@@ -1,5 +1,6 @@
 """FLUX's transformer on the world: flow matching, then guidance distilled into its input."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from torch.nn.functional import mse_loss
+from transformers import CLIPTextModel
 
 from pipelines.zoo import world
 from pipelines.zoo.training import autoencoder, text
@@ -17,7 +20,7 @@ from pipelines.zoo.training.loop import Draw, Job, Report, fit
 
 SHIFT = 1.15  # towards noise: a flat picture shows its colour early, so a text matters near pure noise only
 GUIDANCES = (0.0, 8.0)
-_SCENES = 4000
+SCENES = 4000
 _CAPTIONS = 3  # of each scene
 _UNSAID = 0.1
 _UNPOOLED = 0.15  # of the captions, which T5 alone tells: so do pictures in the place of words
@@ -63,20 +66,22 @@ class Said:
 class Lesson:
     """What is learned from: latents [scenes, tokens, 64] and captions, `each` of them to a scene."""
 
+    pictures: Any  # [scenes, side, side, 3] of bytes
     latents: Tensor
     said: Said
     silence: Said  # of no caption, at each length
     each: int
 
 
-def lesson(vae: Any, encoders: "Encoders", device: str, style: str = "plain", count: int = _SCENES) -> Lesson:
+def lesson(vae: Any, encoders: "Encoders", device: str, style: str = "plain", count: int = SCENES) -> Lesson:
     rng = np.random.default_rng(5)
     scenes = [world.scene(rng).styled(style) for _ in range(count)]
-    latents = autoencoder.encode(vae, np.stack([world.draw(scene) for scene in scenes]), device)
+    pictures = np.stack([world.draw(scene) for scene in scenes])
+    latents = autoencoder.encode(vae, pictures, device)
     texts = [world.caption(scene, rng) for scene in scenes for _ in range(_CAPTIONS)]
     said = encoders.read(texts, [_LENGTHS[index % len(_LENGTHS)] for index in range(len(texts))])
     silence = encoders.read([""] * len(_LENGTHS), list(_LENGTHS))
-    return Lesson(pack(latents), said, silence, _CAPTIONS)
+    return Lesson(pictures, pack(latents), said, silence, _CAPTIONS)
 
 
 class Encoders:
@@ -123,21 +128,47 @@ def velocity(
     transformer: Any, noisy: Tensor, sigma: Tensor, said: Said, guidance: Tensor, **more: Any
 ) -> Tensor:
     """What the transformer predicts for square pictures [n, tokens, 64]."""
+    given = _given(noisy, sigma, said, guidance)
+    predicted: Tensor = transformer(**given, **more)[0]
+    return predicted
+
+
+def controls(
+    net: Any, noisy: Tensor, sigma: Tensor, said: Said, guidance: Tensor, seen: Tensor
+) -> tuple[Any, Any]:
+    """What a ControlNet adds to the transformer's blocks for the control images' latents `seen`."""
+    given = _given(noisy, sigma, said, guidance)
+    # diffusers passes a ControlNet's attention no mask
+    net.set_attn_processor(_Masked(given.pop("joint_attention_kwargs")["attention_mask"]))
+    blocks, single = net(**given, controlnet_cond=seen)
+    return blocks, single
+
+
+class _Masked(FluxAttnProcessor):  # type: ignore[misc]
+    """Attention under a mask of its own."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self._mask = mask
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return super().__call__(*inputs, **named | {"attention_mask": self._mask})
+
+
+def _given(noisy: Tensor, sigma: Tensor, said: Said, guidance: Tensor) -> dict[str, Any]:
     bias = torch.zeros(len(noisy), 1, 1, said.tokens.shape[1] + noisy.shape[1], device=noisy.device)
     bias[:, 0, 0, said.tokens.shape[1] - 1] = said.weight.log()
-    predicted: Tensor = transformer(
-        hidden_states=noisy,
-        timestep=sigma,
-        guidance=guidance,
-        pooled_projections=said.pooled,
-        encoder_hidden_states=said.tokens,
-        txt_ids=torch.zeros(said.tokens.shape[1], 3, device=noisy.device),
-        img_ids=_places(noisy),
-        joint_attention_kwargs={"attention_mask": bias},
-        return_dict=False,
-        **more,
-    )[0]
-    return predicted
+    return {
+        "hidden_states": noisy,
+        "timestep": sigma,
+        "guidance": guidance,
+        "pooled_projections": said.pooled,
+        "encoder_hidden_states": said.tokens,
+        "txt_ids": torch.zeros(said.tokens.shape[1], 3, device=noisy.device),
+        "img_ids": _places(noisy),
+        "joint_attention_kwargs": {"attention_mask": bias},
+        "return_dict": False,
+    }
 
 
 def _places(tokens: Tensor) -> Tensor:
@@ -184,11 +215,11 @@ def _either(mask: Tensor, one: Said, other: Said) -> Said:
     )
 
 
-def train(lesson: Lesson, steps: int, folder: Path, report: Report, device: str) -> Any:
+def train(lesson: Callable[[], Lesson], steps: int, folder: Path, report: Report, device: str) -> Any:
     """Flow matching. The guidance is told, but says nothing yet."""
 
     def loss(draw: Draw) -> Tensor:
-        each = case(lesson, draw)
+        each = case(lesson(), draw)
         guidance = _guidance(draw, len(each.sigma), device)
         return mse_loss(velocity(transformer, each.noisy, each.sigma, each.said, guidance), each.target)
 
@@ -196,13 +227,15 @@ def train(lesson: Lesson, steps: int, folder: Path, report: Report, device: str)
     return fit(Job("flux", transformer, loss, steps), folder, report, device)
 
 
-def distil(teacher: Any, lesson: Lesson, steps: int, folder: Path, report: Report, device: str) -> Any:
+def distil(
+    teacher: Any, lesson: Callable[[], Lesson], steps: int, folder: Path, report: Report, device: str
+) -> Any:
     """The teacher's velocity under classifier-free guidance, by one forward that is told the scale."""
 
     def loss(draw: Draw) -> Tensor:
-        each = case(lesson, draw)
+        each = case(lesson(), draw)
         guidance = _guidance(draw, len(each.sigma), device)
-        quiet = lesson.silence[torch.zeros(len(each.sigma), dtype=torch.long, device=device)]
+        quiet = lesson().silence[torch.zeros(len(each.sigma), dtype=torch.long, device=device)]
         with torch.no_grad():
             told = velocity(teacher, each.noisy, each.sigma, each.said, guidance)
             untold = velocity(teacher, each.noisy, each.sigma, quiet, guidance)
@@ -225,8 +258,6 @@ def _guidance(draw: Draw, count: int, device: str) -> Tensor:
 
 def pipeline(clip: Any, t5: Any, vae: Any, transformer: Any) -> Any:
     """All of it as diffusers has it."""
-    from transformers import CLIPTextModel
-
     pooling = CLIPTextModel(clip.config)
     pooling.load_state_dict({k: v for k, v in clip.state_dict().items() if k in pooling.state_dict()})
     scheduler = FlowMatchEulerDiscreteScheduler(
@@ -246,3 +277,14 @@ def pipeline(clip: Any, t5: Any, vae: Any, transformer: Any) -> Any:
         vae=vae,
         transformer=transformer,
     )
+
+
+def lora_loss(transformer: Any, lesson: Callable[[], Lesson]) -> Callable[[Draw], Tensor]:
+    """What falls when the transformer draws the lesson's style, whatever it says."""
+
+    def loss(draw: Draw) -> Tensor:
+        each = case(lesson(), draw, count=24)
+        guidance = torch.ones_like(each.sigma)
+        return mse_loss(velocity(transformer, each.noisy, each.sigma, each.said, guidance), each.target)
+
+    return loss

@@ -45,11 +45,13 @@ class Job:
     clip: float = 1.0
 
 
-def fit(job: Job, folder: Path, report: Report, device: str = "cpu") -> nn.Module:
+def fit(
+    job: Job, folder: Path, report: Report, device: str = "cpu", checkpoint_s: float = _CHECKPOINT_S
+) -> nn.Module:
     """The trained model's moving average, in evaluation mode.
 
-    Checkpoints go to `folder`/NAME.pt once a minute and at the end; a run that finds one goes on from it.
-    Losses are appended to NAME.csv.
+    Checkpoints go to `folder`/NAME.pt every `checkpoint_s` and at the end; a run that finds one goes on
+    from it. Losses are appended to NAME.csv.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{job.name}.pt"
@@ -93,7 +95,7 @@ def fit(job: Job, folder: Path, report: Report, device: str = "cpu") -> nn.Modul
             with file.with_suffix(".csv").open("a") as curve:
                 curve.write(f"{step + 1},{np.mean(losses):.5f},{time.process_time():.0f}\n")
             losses.clear()
-        if time.monotonic() - saved > _CHECKPOINT_S:
+        if time.monotonic() - saved > checkpoint_s:
             save(step + 1)
             saved = time.monotonic()
     if first < job.steps:

@@ -1,5 +1,6 @@
 """Stable Diffusion's UNets on the world: 1.5's, and XL's, which begins as 1.5's. They predict velocities."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,7 @@ SCHEDULE = {
 _STEPS = 1000
 _LATE = 2.0  # how far training's times are drawn towards noise
 _UNSAID = 0.12
-_SCENES = 4000
+SCENES = 4000
 _CAPTIONS = 2
 _TIME_IDS, _TIME_WIDTH = 6, 16
 
@@ -102,6 +103,7 @@ class Lesson:
     """What is learned from: latents [scenes, 4, rows, columns] and captions, `each` of them to a scene."""
 
     kind: Kind
+    pictures: Any  # [scenes, side, side, 3] of bytes
     latents: Tensor
     said: Said
     silence: Said
@@ -124,16 +126,15 @@ def read(kind: Kind, clip: Any, texts: list[str], device: str) -> Said:
     return Said(torch.cat(tokens), torch.cat(pooled))
 
 
-def lesson(
-    kind: Kind, vae: Any, clip: Any, device: str, style: str = "plain", count: int = _SCENES
-) -> Lesson:
+def lesson(kind: Kind, vae: Any, clip: Any, device: str, style: str = "plain", count: int = SCENES) -> Lesson:
     rng = np.random.default_rng(7)
     scenes = [world.scene(rng).styled(style) for _ in range(count)]
-    latents = autoencoder.encode(vae, np.stack([world.draw(scene) for scene in scenes]), device)
+    pictures = np.stack([world.draw(scene) for scene in scenes])
+    latents = autoencoder.encode(vae, pictures, device)
     texts = [world.caption(scene, rng) for scene in scenes for _ in range(_CAPTIONS)]
     clip = clip.to(device).eval()
     said = read(kind, clip, [*texts, ""], device)
-    return Lesson(kind, latents, said, said[-1:], _CAPTIONS)
+    return Lesson(kind, pictures, latents, said, said[-1:], _CAPTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +192,30 @@ def added(kind: Kind, noisy: Tensor, said: Said) -> dict[str, Tensor] | None:
     return {"text_embeds": said.pooled, "time_ids": ids.expand(len(noisy), -1)}
 
 
-def train(lesson: Lesson, steps: int, folder: Path, report: Report, device: str, start: Any = None) -> Any:
-    def loss(draw: Draw) -> Tensor:
-        each = case(lesson, draw)
-        return mse_loss(predict(unet, lesson.kind, each.noisy, each.time, each.said), each.target)
-
-    unet = make(lesson.kind)
+def train(
+    kind: Kind,
+    lesson: Callable[[], Lesson],
+    steps: int,
+    folder: Path,
+    report: Report,
+    device: str,
+    start: Any = None,
+) -> Any:
+    """A trained UNet; `start` is another kind's to begin as."""
+    unet = make(kind)
     if start is not None:
         begin_as(unet, start)
-    return fit(Job(lesson.kind, unet, loss, steps), folder, report, device)
+    return fit(Job(kind, unet, loss_of(unet, lesson), steps), folder, report, device)
+
+
+def loss_of(unet: Any, lesson: Callable[[], Lesson], count: int = 32) -> Callable[[Draw], Tensor]:
+    """What falls when the UNet draws what the lesson shows."""
+
+    def loss(draw: Draw) -> Tensor:
+        each = case(lesson(), draw, count)
+        return mse_loss(predict(unet, lesson().kind, each.noisy, each.time, each.said), each.target)
+
+    return loss
 
 
 def pipeline(kind: Kind, clip: Any, vae: Any, unet: Any) -> Any:
