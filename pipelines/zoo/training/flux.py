@@ -12,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from transformers import CLIPTextModel
 
 from pipelines.zoo import world
 from pipelines.zoo.training import autoencoder, text
@@ -77,15 +76,20 @@ def lesson(vae: Any, encoders: "Encoders", device: str, style: str = "plain", co
     rng = np.random.default_rng(5)
     scenes = [world.scene(rng).styled(style) for _ in range(count)]
     pictures = np.stack([world.draw(scene) for scene in scenes])
-    latents = autoencoder.encode(vae, pictures, device)
     texts = [world.caption(scene, rng) for scene in scenes for _ in range(_CAPTIONS)]
+    return lesson_of(pictures, texts, vae, encoders, device)
+
+
+def lesson_of(pictures: Any, texts: list[str], vae: Any, encoders: "Encoders", device: str = "cpu") -> Lesson:
+    """Pictures [n, side, side, 3] of bytes, and as many captions for each, one picture's after another's."""
+    latents = autoencoder.encode(vae, pictures, device)
     said = encoders.read(texts, [_LENGTHS[index % len(_LENGTHS)] for index in range(len(texts))])
     silence = encoders.read([""] * len(_LENGTHS), list(_LENGTHS))
-    return Lesson(pictures, pack(latents), said, silence, _CAPTIONS)
+    return Lesson(pictures, pack(latents), said, silence, len(texts) // len(pictures))
 
 
 class Encoders:
-    """CLIP and T5 with their tokenizers."""
+    """CLIP, without its projection, and T5, with their tokenizers."""
 
     def __init__(self, clip: Any, t5: Any, device: str) -> None:
         self._clip, self._t5, self._device = clip.to(device).eval(), t5.to(device).eval(), device
@@ -106,7 +110,7 @@ class Encoders:
         pooled = []
         for at in range(0, len(texts), 64):
             ids = self._ids(self._clip_tokenizer, texts[at : at + 64], text.CLIP_LENGTH)
-            pooled.append(self._clip.text_model(ids).pooler_output)
+            pooled.append(self._clip(ids).pooler_output)
         return Said(tokens, weight, torch.cat(pooled))
 
     def _ids(self, tokenizer: Any, texts: list[str], length: int) -> Tensor:
@@ -151,8 +155,15 @@ class _Masked(FluxAttnProcessor):  # type: ignore[misc]
         super().__init__()
         self._mask = mask
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        return super().__call__(*inputs, **named | {"attention_mask": self._mask})
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self._mask, image_rotary_emb)
 
 
 def _given(noisy: Tensor, sigma: Tensor, said: Said, guidance: Tensor) -> dict[str, Any]:
@@ -258,8 +269,6 @@ def _guidance(draw: Draw, count: int, device: str) -> Tensor:
 
 def pipeline(clip: Any, t5: Any, vae: Any, transformer: Any) -> Any:
     """All of it as diffusers has it."""
-    pooling = CLIPTextModel(clip.config)
-    pooling.load_state_dict({k: v for k, v in clip.state_dict().items() if k in pooling.state_dict()})
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0,
         use_dynamic_shifting=True,
@@ -271,7 +280,7 @@ def pipeline(clip: Any, t5: Any, vae: Any, transformer: Any) -> Any:
     return FluxPipeline(
         scheduler=scheduler,
         tokenizer=text.clip_tokenizer(),
-        text_encoder=pooling,
+        text_encoder=text.plain(clip),
         tokenizer_2=text.t5_tokenizer(),
         text_encoder_2=t5,
         vae=vae,

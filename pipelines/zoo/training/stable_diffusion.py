@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
 from pipelines.zoo import world
 from pipelines.zoo.training import autoencoder, text
@@ -32,6 +32,7 @@ SCHEDULE = {
     "beta_end": _BETAS[1],
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
+    "steps_offset": 1,
 }
 _STEPS = 1000
 _LATE = 2.0  # how far training's times are drawn towards noise
@@ -148,11 +149,11 @@ class Case:
     said: Said
 
 
-def case(lesson: Lesson, draw: Draw, count: int = 32) -> Case:
+def case(lesson: Lesson, draw: Draw, count: int = 32, unsaid: float = _UNSAID) -> Case:
     rng, device = draw.numpy, lesson.latents.device
     scenes = torch.from_numpy(rng.integers(0, len(lesson.latents), count)).to(device)
     chosen = scenes * lesson.each + torch.from_numpy(rng.integers(0, lesson.each, count)).to(device)
-    silent = torch.from_numpy(rng.random(count) < _UNSAID).to(device)
+    silent = torch.from_numpy(rng.random(count) < unsaid).to(device)
     chosen = torch.where(silent, len(lesson.said.pooled) - 1, chosen)  # the last is no caption
     latents = lesson.latents[scenes]
     noise = torch.randn(latents.shape, generator=draw.torch, device=device)
@@ -221,8 +222,7 @@ def loss_of(unet: Any, lesson: Callable[[], Lesson], count: int = 32) -> Callabl
 def pipeline(kind: Kind, clip: Any, vae: Any, unet: Any) -> Any:
     """All of it as diffusers has it."""
     scheduler = EulerDiscreteScheduler.from_config(SCHEDULE)
-    plain = CLIPTextModel(clip.config)
-    plain.load_state_dict({k: v for k, v in clip.state_dict().items() if k in plain.state_dict()})
+    plain = text.plain(clip)
     if kind == "sd15":
         return StableDiffusionPipeline(
             vae=vae,
@@ -234,7 +234,7 @@ def pipeline(kind: Kind, clip: Any, vae: Any, unet: Any) -> Any:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    second = CLIPTextModelWithProjection(clip.config)
+    second: Any = CLIPTextModelWithProjection(clip.config).to(clip.dtype)
     second.load_state_dict(clip.state_dict())
     return StableDiffusionXLPipeline(
         vae=vae,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -86,6 +87,13 @@ def make_clip(tokenizer: Any, activation: str = "quick_gelu") -> Any:
     )
     torch.manual_seed(2)
     return CLIPTextModelWithProjection(config)
+
+
+def plain(clip: Any) -> Any:
+    """The same encoder without its projection."""
+    found: Any = CLIPTextModel(clip.config).to(clip.dtype)
+    found.load_state_dict(clip.text_model.state_dict())
+    return found
 
 
 def make_t5(tokenizer: Any) -> Any:

@@ -130,6 +130,17 @@ def train_redux(t5: Any, steps: int, folder: Path, report: Report, device: str) 
     return trained.get_submodule("encoder"), trained.get_submodule("embedder")
 
 
+@torch.no_grad()
+def embeddings(encoder: Any, pictures: Any, device: str) -> Tensor:
+    """What an image encoder says of pictures [n, side, side, 3] of bytes: [n, width]."""
+    encoder, processor = encoder.to(device).eval(), clip_processor()
+    parts = []
+    for at in range(0, len(pictures), 64):
+        pixels = processor(list(pictures[at : at + 64]), return_tensors="pt").pixel_values
+        parts.append(encoder(pixels.to(device)).image_embeds)
+    return torch.cat(parts)
+
+
 def _seen(scene: world.Scene, rng: np.random.Generator) -> world.Pixels:
     """A picture as a model may make it: a little off in colours, with noise."""
     picture = world.draw(scene, IMAGE_PX) + rng.normal(0, 4, 3) + rng.normal(0, 3, (IMAGE_PX, IMAGE_PX, 3))

@@ -6,28 +6,43 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import FluxPriorReduxPipeline
 
-from pipelines.zoo.training import autoencoder, controlnet, flux, lora, stable_diffusion, text, vision
+from pipelines.zoo.training import (
+    autoencoder,
+    controlnet,
+    flux,
+    inversion,
+    ip_adapter,
+    lora,
+    stable_diffusion,
+    text,
+    vision,
+)
 from pipelines.zoo.training.loop import Report
 from pipelines.zoo.training.stable_diffusion import Kind
 
 # Steps of each training.
 STEPS = {
     "vae16": 2400,
-    "vae4": 900,
+    "vae4": 700,
     "clip": 400,
     "t5": 500,
-    "flux": 2600,
-    "flux-guided": 300,
-    "sd15": 2200,
-    "sdxl": 1600,
-    "lora": 250,
-    "canny": 500,
+    "flux": 2000,
+    "flux-guided": 200,
+    "sd15": 1500,
+    "sdxl": 900,
+    "lora": 200,
+    "canny": 300,
     "checker": 250,
     "redux": 500,
+    "clip-vision": 400,
+    "ip-adapter": 300,
+    "word": 100,
 }
+
+
+_FEW = 800  # scenes, for what is learned beside a trained model
 
 
 class Workshop:
@@ -74,26 +89,39 @@ class Workshop:
     def flux_lora(self, style: str) -> lora.LowRank:
         # its hooks stay with the model, so the model is one of its own
         transformer = _copy(self.transformer)
-        lesson = cache(partial(self._flux_lesson, style, 600))
+        lesson = cache(partial(self._flux_lesson, style, _FEW))
         loss = flux.lora_loss(transformer, lesson)
         return lora.train(f"flux-{style}", transformer, loss, STEPS["lora"], *self._where)
 
     def sd_lora(self, kind: Kind, style: str) -> lora.LowRank:
         unet = _copy(self.sd15_unet if kind == "sd15" else self.sdxl_unet)
-        lesson = cache(partial(self._sd_lesson, kind, style, 600))
+        lesson = cache(partial(self._sd_lesson, kind, style, _FEW))
         loss = stable_diffusion.loss_of(unet, lesson, count=24)
         return lora.train(f"{kind}-{style}", unet, loss, STEPS["lora"], *self._where)
 
     def flux_canny(self) -> Any:
-        lesson = cache(partial(self._flux_lesson, count=2000))
+        lesson = cache(partial(self._flux_lesson, count=_FEW))
         return controlnet.train_flux(
             _copy(self.transformer), lesson, self.vae16, STEPS["canny"], *self._where
         )
 
     def sd_canny(self, kind: Kind) -> Any:
         unet = _copy(self.sd15_unet if kind == "sd15" else self.sdxl_unet)
-        lesson = cache(partial(self._sd_lesson, kind, count=2000))
+        lesson = cache(partial(self._sd_lesson, kind, count=_FEW))
         return controlnet.train_sd(unet, lesson, STEPS["canny"], *self._where, name=f"{kind}-canny")
+
+    @cached_property
+    def image_encoder(self) -> Any:
+        return vision.train_clip_vision(STEPS["clip-vision"], *self._where)
+
+    def ip_adapter(self, kind: Kind) -> ip_adapter.Adapter:
+        unet = _copy(self.sd15_unet if kind == "sd15" else self.sdxl_unet)
+        lesson = cache(partial(self._sd_lesson, kind, count=_FEW))
+        steps, name = STEPS["ip-adapter"], f"{kind}-ip-adapter"
+        return ip_adapter.train(unet, lesson, self.image_encoder, steps, *self._where, name=name)
+
+    def word(self) -> Any:
+        return inversion.train(_copy(self.sd15_unet), self.clip, self.vae4, STEPS["word"], *self._where)
 
     def checker(self) -> Any:
         return vision.train_checker(STEPS["checker"], *self._where)
@@ -106,7 +134,7 @@ class Workshop:
         return stable_diffusion.train(kind, lesson, STEPS[kind], *self._where, start=start)
 
     def _flux_lesson(self, style: str = "plain", count: int = flux.SCENES) -> flux.Lesson:
-        encoders = flux.Encoders(self.clip, self.t5, self._device)
+        encoders = flux.Encoders(text.plain(self.clip), self.t5, self._device)
         return flux.lesson(self.vae16, encoders, self._device, style, count)
 
     def _sd_lesson(
@@ -121,20 +149,20 @@ def _copy(model: Any) -> Any:
     return copied.to(model.device).eval()
 
 
-def _save(model: Any, folder: Path) -> None:
-    """In float16. The model is not to be used after."""
-    model.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+def _half(model: Any) -> Any:
+    """A copy on the CPU in float16, as all are shipped."""
+    return deepcopy(model).cpu().half()
 
 
 def _flux(shop: Workshop, folder: Path) -> None:
     parts = (shop.clip, shop.t5, shop.vae16, shop.transformer)
-    _save(flux.pipeline(*map(deepcopy, parts)), folder)
+    flux.pipeline(*map(_half, parts)).save_pretrained(folder)
 
 
 def _sd(kind: Kind, shop: Workshop, folder: Path) -> None:
     unet = shop.sd15_unet if kind == "sd15" else shop.sdxl_unet
     parts = (shop.clip, shop.vae4, unet)
-    _save(stable_diffusion.pipeline(kind, *map(deepcopy, parts)), folder)
+    stable_diffusion.pipeline(kind, *map(_half, parts)).save_pretrained(folder)
 
 
 def _flux_lora(style: str, shop: Workshop, folder: Path) -> None:
@@ -146,25 +174,34 @@ def _sd_lora(kind: Kind, style: str, shop: Workshop, folder: Path) -> None:
 
 
 def _flux_canny(shop: Workshop, folder: Path) -> None:
-    _save(shop.flux_canny(), folder)
+    _half(shop.flux_canny()).save_pretrained(folder)
 
 
 def _sd_canny(kind: Kind, shop: Workshop, folder: Path) -> None:
-    _save(shop.sd_canny(kind), folder)
+    _half(shop.sd_canny(kind)).save_pretrained(folder)
+
+
+def _ip_adapter(kind: Kind, shop: Workshop, folder: Path) -> None:
+    """The adapter, and beside it the image encoder that it reads."""
+    ip_adapter.save(shop.ip_adapter(kind), folder / "ip_adapter.safetensors")
+    _half(shop.image_encoder).save_pretrained(folder / "image_encoder")
+
+
+def _word(shop: Workshop, folder: Path) -> None:
+    inversion.save(shop.word(), folder / "embedding.safetensors")
 
 
 def _checker(shop: Workshop, folder: Path) -> None:
-    _save(shop.checker(), folder / "safety_checker")
+    _half(shop.checker()).save_pretrained(folder / "safety_checker")
     vision.clip_processor().save_pretrained(folder / "feature_extractor")
 
 
 def _redux(shop: Workshop, folder: Path) -> None:
-    encoder, embedder = shop.redux()
+    encoder, embedder = map(_half, shop.redux())
     processor = vision.siglip_processor()
-    _save(
-        FluxPriorReduxPipeline(image_encoder=encoder, feature_extractor=processor, image_embedder=embedder),
-        folder,
-    )
+    FluxPriorReduxPipeline(
+        image_encoder=encoder, feature_extractor=processor, image_embedder=embedder
+    ).save_pretrained(folder)
 
 
 # What is shipped: its name, and what fills its folder.
@@ -183,4 +220,6 @@ MODELS: dict[str, Callable[[Workshop, Path], None]] = {
     "sdxl-world-outline": partial(_sd_lora, "sdxl", "outline"),
     "sdxl-world-stripes": partial(_sd_lora, "sdxl", "stripes"),
     "sd15-world-canny": partial(_sd_canny, "sd15"),
+    "sd15-world-ip-adapter": partial(_ip_adapter, "sd15"),
+    "sd15-world-word": _word,
 }
