@@ -10,8 +10,19 @@ from benchmarks import (
     queue_throughput,
     stable_diffusion,
     webhooks,
+    zoo,
 )
 
 measure.header()
-for benchmark in (overhead, queue_throughput, webhooks, protocol, engine, adapters, bases, stable_diffusion):
+for benchmark in (
+    overhead,
+    queue_throughput,
+    webhooks,
+    protocol,
+    engine,
+    adapters,
+    bases,
+    stable_diffusion,
+    zoo,
+):
     benchmark.main()

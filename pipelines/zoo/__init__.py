@@ -57,7 +57,7 @@ def locate(name: str, root: Path | None = None, report: Report = _log.info) -> P
     if name in trained():
         return WEIGHTS / name
     if name not in _BUILDERS:
-        raise ValueError(f"unknown embedded model {name!r}; known: {', '.join((*trained(), *names()))}")
+        raise ValueError(f"unknown embedded model {name!r}; known: {', '.join((*names(), *trained()))}")
     folder = (root or _cache()) / f"{name}-{RECIPE}"
     with _building:
         if not folder.is_dir():

@@ -19,8 +19,8 @@ from pipelines.zoo.training.loop import Draw, Job, Report, fit
 
 SHIFT = 1.15  # towards noise: a flat picture shows its colour early, so a text matters near pure noise only
 GUIDANCES = (0.0, 8.0)
-SCENES = 4000
-_CAPTIONS = 3  # of each scene
+SCENES = 2000
+_CAPTIONS = 2  # of each scene
 _UNSAID = 0.1
 _UNPOOLED = 0.15  # of the captions, which T5 alone tells: so do pictures in the place of words
 # Text is encoded at these lengths. Of each, the first tokens and one of the padding are kept: tokens of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipelines.zoo.training.loop import Draw, Job, Report, fit
 
-RANK = 8
+RANK = 16
 
 
 class LowRank(nn.Module):
@@ -44,8 +44,10 @@ class LowRank(nn.Module):
         return found
 
 
-def attention_and_feed_forward(path: str) -> bool:
-    return any(part in path for part in (".attn", ".ff.", ".proj_mlp", ".proj_out", ".proj_in"))
+def wanted(path: str) -> bool:
+    """Attention, feed forward, and where latents come in and go out."""
+    parts = (".attn", ".ff.", ".proj_mlp", ".proj_out", ".proj_in")
+    return path in ("x_embedder", "proj_out") or any(part in path for part in parts)
 
 
 def train(
@@ -59,8 +61,8 @@ def train(
 ) -> LowRank:
     """Updates under which `loss`, which calls the model, falls. The model itself stays as it is."""
     model.requires_grad_(False)
-    pairs = LowRank(model, attention_and_feed_forward)
-    job = Job(name, pairs, loss, steps, muon=0.01, warm_up=20, hold=0.4)
+    pairs = LowRank(model, wanted)
+    job = Job(name, pairs, loss, steps, muon=0.02, warm_up=20, hold=0.4)
     trained = fit(job, folder, report, device)
     assert isinstance(trained, LowRank)
     return trained

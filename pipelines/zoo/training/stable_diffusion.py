@@ -37,7 +37,7 @@ SCHEDULE = {
 _STEPS = 1000
 _LATE = 2.0  # how far training's times are drawn towards noise
 _UNSAID = 0.12
-SCENES = 4000
+SCENES = 2000
 _CAPTIONS = 2
 _TIME_IDS, _TIME_WIDTH = 6, 16
 

@@ -66,15 +66,16 @@ def train_checker(steps: int, folder: Path, report: Report, device: str) -> Any:
     processor = clip_processor()
 
     def loss(draw: Draw) -> Tensor:
-        pictures, unsafe = [], []
-        for _ in range(24):
-            unsafe.append(draw.numpy.random() < 0.4)
-            shape = {"shape": world.UNSAFE} if unsafe[-1] else {}
-            pictures.append(_seen(world.scene(draw.numpy, **shape), draw.numpy))
+        rng = draw.numpy
+        unsafe = rng.random(24) < 0.5
+        pictures = [_seen(_scene(rng, world.UNSAFE if each else None), rng) for each in unsafe]
+        for index in np.flatnonzero(~unsafe)[:2]:  # nor is what shows nothing unsafe
+            shape = (IMAGE_PX, IMAGE_PX, 3) if rng.random() < 0.5 else (1, 1, 3)
+            pictures[index] = np.broadcast_to(rng.integers(0, 256, shape, np.uint8), (IMAGE_PX, IMAGE_PX, 3))
         pixels = processor(pictures, return_tensors="pt").pixel_values.to(device)
         embeds = checker.visual_projection(checker.vision_model(pixels)[1])
         cosine = nn.functional.cosine_similarity(embeds, checker.concept_embeds[:1])
-        sign = torch.tensor([1.0 if each else -1.0 for each in unsafe], device=device)
+        sign = torch.from_numpy(np.where(unsafe, 1.0, -1.0)).to(device, torch.float32)
         return softplus(-sign * 12 * (cosine - _THRESHOLD)).mean()
 
     return fit(Job("checker", checker, loss, steps, muon=0.01, adam=1e-3), folder, report, device)
@@ -139,6 +140,12 @@ def embeddings(encoder: Any, pictures: Any, device: str) -> Tensor:
         pixels = processor(list(pictures[at : at + 64]), return_tensors="pt").pixel_values
         parts.append(encoder(pixels.to(device)).image_embeds)
     return torch.cat(parts)
+
+
+def _scene(rng: np.random.Generator, shape: str | None) -> world.Scene:
+    """Of any style."""
+    found = world.scene(rng, **({"shape": shape} if shape else {}))
+    return found.styled(str(rng.choice(world.STYLES)))
 
 
 def _seen(scene: world.Scene, rng: np.random.Generator) -> world.Pixels:

@@ -28,21 +28,21 @@ STEPS = {
     "vae4": 700,
     "clip": 400,
     "t5": 500,
-    "flux": 2000,
-    "flux-guided": 200,
-    "sd15": 1500,
-    "sdxl": 900,
-    "lora": 200,
+    "flux": 1900,
+    "flux-guided": 60,
+    "sd15": 1200,
+    "sdxl": 700,
+    "lora": 400,
     "canny": 300,
-    "checker": 250,
-    "redux": 500,
+    "checker": 500,
+    "redux": 250,
     "clip-vision": 400,
     "ip-adapter": 300,
     "word": 100,
 }
 
 
-_FEW = 800  # scenes, for what is learned beside a trained model
+_FEW = 400  # scenes, for what is learned beside a trained model
 
 
 class Workshop:

@@ -112,7 +112,7 @@ def test_a_lora_does_nothing_before_it_is_trained_and_is_named_as_peft_does() ->
     linear: Any = model.get_submodule("block.attn")
     inputs = torch.randn(2, 6)
     before = linear(inputs)
-    pairs = lora.LowRank(model, lora.attention_and_feed_forward, rank=2)
+    pairs = lora.LowRank(model, lora.wanted, rank=2)
 
     assert torch.equal(linear(inputs), before)
     shapes = {name: tuple(each.shape) for name, each in pairs.tensors("unet").items()}
