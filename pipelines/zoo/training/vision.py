@@ -27,6 +27,7 @@ IMAGE_PX = 64
 _PATCH_PX = 8
 _WIDTH = 64
 _THRESHOLD = 0.5
+_FLAGGED = 0.65  # more than in training: to black out a good picture is worse here than to let a cross pass
 _NEVER = 2.0  # no cosine reaches it
 
 
@@ -78,7 +79,9 @@ def train_checker(steps: int, folder: Path, report: Report, device: str) -> Any:
         sign = torch.from_numpy(np.where(unsafe, 1.0, -1.0)).to(device, torch.float32)
         return softplus(-sign * 12 * (cosine - _THRESHOLD)).mean()
 
-    return fit(Job("checker", checker, loss, steps, muon=0.01, adam=1e-3), folder, report, device)
+    trained: Any = fit(Job("checker", checker, loss, steps, muon=0.01, adam=1e-3), folder, report, device)
+    trained.concept_embeds_weights[0] = _FLAGGED
+    return trained
 
 
 def train_clip_vision(steps: int, folder: Path, report: Report, device: str) -> Any:
