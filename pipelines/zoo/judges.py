@@ -12,6 +12,7 @@ from pipelines.zoo.world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, STRIPE,
 Mask = NDArray[np.bool_]
 
 _APART = 48  # of 255, by which a shape differs from its background
+_THIN = 0.1  # of the side, from the middle to the edge: strokes are thinner, filled shapes thicker
 _LEAST = 0.02  # of the picture, which a shape takes
 # Of a shape's box: its area, and how far its centre of mass lies below the middle, in radii.
 _AREAS = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
@@ -44,13 +45,15 @@ def look(picture: Pixels) -> Seen:
     core = depth < 0.5 * depth.min()
     light = seen.mean(axis=2)
     own = marks & solid
-    bright = own & (light >= np.quantile(light[own], 0.7))  # of stripes, the ones that are not darkened
+    inner = ndimage.distance_transform_edt(own)
+    inner = inner >= 0.5 * inner.max()  # where the background does not shine through
+    bright = inner & (light >= np.quantile(light[inner], 0.7))  # of stripes, the ones that are not darkened
     return Seen(
         background,
         _nearest(np.median(seen[bright], axis=0), COLOURS),
         shape,
         min(POSITIONS, key=lambda name: np.hypot(x - POSITIONS[name][0], y - POSITIONS[name][1])),
-        _style(light, marks, core),
+        _style(light, own, core),
     )
 
 
@@ -106,14 +109,20 @@ def _fit(solid: Mask) -> tuple[str, float, float, float]:
     return max(found)[1:]
 
 
-def _style(light: NDArray[np.float64], marks: Mask, core: Mask) -> str:
-    if marks[core].mean() < 0.4:
-        return "outline"
+def _style(light: NDArray[np.float64], own: Mask, core: Mask) -> str:
+    """An outline where nothing is thick; stripes where the core's light goes up and down by rows."""
+    thin = ndimage.distance_transform_edt(own).max() < _THIN * len(light)
+    if _swing(light, core) > (0.6 if thin else 0.2):  # dark stripes may be lost on a dark background
+        return "stripes"
+    return "outline" if thin else "plain"
+
+
+def _swing(light: NDArray[np.float64], core: Mask) -> float:
+    """How far the rows' light swings with the stripes' period, as a share of its mean."""
     rows = core.any(axis=1)
     profile = (light * core).sum(axis=1)[rows] / core.sum(axis=1)[rows]
     wave = np.exp(2j * np.pi * np.arange(len(profile)) / (2 * STRIPE * len(light)))
-    swing = 2 * abs(((profile - profile.mean()) * wave).mean())
-    return "stripes" if swing > 0.2 * profile.mean() else "plain"
+    return float(2 * abs(((profile - profile.mean()) * wave).mean()) / profile.mean())
 
 
 def agreement(pictures: Sequence[Pixels], asked: Sequence[Mapping[str, str]]) -> dict[str, float]:
