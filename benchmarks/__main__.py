@@ -13,6 +13,7 @@ from benchmarks import (
     scaling,
     stable_diffusion,
     webhooks,
+    zoo,
 )
 
 measure.header()
@@ -28,5 +29,6 @@ for benchmark in (
     adapters,
     bases,
     stable_diffusion,
+    zoo,
 ):
     benchmark.main()

@@ -20,7 +20,15 @@ import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 from deployments import manifests, queue, server
@@ -34,6 +42,7 @@ from deployments.gateway import keys
 from deployments.queue import Audit, KeyTable, Outbox, open_audit, open_keys, open_outbox
 from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
+from pipelines import zoo
 from schemas.access import Allowance
 from schemas.deliveries import DeliveryState
 from schemas.errors import Erased, NoRoom, StoreDown
@@ -49,6 +58,9 @@ app.add_typer(webhooks, name="webhooks")
 
 key_table = typer.Typer(no_args_is_help=True, help="The keys in this machine's queue, for its operator.")
 app.add_typer(key_table, name="keys")
+
+embedded = typer.Typer(no_args_is_help=True, help="The embedded models.")
+app.add_typer(embedded, name="zoo")
 
 T = TypeVar("T")
 OpenT = TypeVar("OpenT", KeyTable, Audit)
@@ -350,6 +362,30 @@ def write_manifests(
             path.parent.mkdir(exist_ok=True)
             path.write_text(content)
             print(path)
+
+
+@embedded.command("build")
+def build_models(
+    only: Annotated[
+        list[str] | None, typer.Option(help="this model, and what it needs; all if not given")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    checkpoints: Annotated[Path | None, typer.Option(help="where a training goes on from")] = None,
+    into: Annotated[Path, typer.Option(help="where the models are put")] = zoo.WEIGHTS,
+) -> None:
+    """Train the embedded models anew: an hour or two on a CPU. What was interrupted goes on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _explained(), Progress(*columns, console=errors) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=done)
+
+        made = zoo.train(only or (), show, checkpoints=checkpoints, into=into, device=device)
+    for folder in made:
+        print(folder)
 
 
 @app.command("audit")

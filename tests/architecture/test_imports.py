@@ -73,7 +73,7 @@ SEAMS = {
         "deployments.server",
         "deployments.app",
     ),
-    "pipelines.zoo": ("pipelines.zoo", "pipelines.sources"),
+    "pipelines.zoo": ("pipelines.zoo", "pipelines.sources", "deployments.cli"),
     # rooms never import rooms: they meet in app
     "deployments.gateway": ("deployments.gateway", "deployments.app", "deployments.cli"),
     "deployments.dispatcher": ("deployments.app",),
