@@ -219,8 +219,10 @@ class _DispatcherReplica:
             raise RuntimeError("The dispatcher's loops have ended.")
         if self._sender is not None and not self._sender.is_alive:
             raise RuntimeError("The sender of webhooks has ended.")
-        if self._sweeper is not None and not self._sweeper.is_alive:
-            raise RuntimeError("The sweeper of files has ended.")
+        if self._sweeper is not None:
+            if not self._sweeper.is_alive:
+                raise RuntimeError("The sweeper of files has ended.")
+            self._sweeper.measure()
 
     async def __del__(self) -> None:
         if self._sweeper is not None:

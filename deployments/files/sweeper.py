@@ -42,6 +42,12 @@ class Sweeper:
             self._loop.cancel()
             await asyncio.wait([self._loop])
 
+    def measure(self) -> None:
+        """Tell the metrics how much is free. To be done often: Ray forgets a gauge that is not set again."""
+        free_bytes = self._files.place.free_bytes()
+        if free_bytes is not None:
+            metrics.DISK_FREE.set(free_bytes)
+
     async def sweep(self) -> int:
         """Remove what is due now. Returns how many files' time was over."""
         # What nobody has touched since its ticket ended was given up.
@@ -52,9 +58,6 @@ class Sweeper:
     async def _run(self) -> None:
         while True:
             try:
-                free_bytes = self._files.place.free_bytes()
-                if free_bytes is not None:
-                    metrics.DISK_FREE.set(free_bytes)
                 if count := await self.sweep():
                     logger.info("removed %d files whose time was over", count)
             except Exception:
