@@ -34,7 +34,7 @@ from tests.clients.inputs import (
     WATCHED,
     drawing,
     encoded,
-    steps,
+    log,
 )
 from tests.support.server import Server
 from tests.support.watching import follow, submit
@@ -228,7 +228,7 @@ def test_the_status_stream_tells_each_line_once_and_ends_with_the_completion(ali
     receipt = submit(alice, WATCHED)
     statuses = [*follow(alice, receipt)]
     lines = [line["message"] for status in statuses for line in status["logs"]]
-    assert lines == steps(WATCHED["num_inference_steps"])
+    assert lines == log(WATCHED["num_inference_steps"])
     assert [status["status"] for status in statuses].index("COMPLETED") == len(statuses) - 1
     assert all(status.keys() >= COMMON_KEYS for status in statuses)
 
