@@ -32,7 +32,7 @@ def run(
     key: Key = None,
 ) -> None:
     """Make pictures: submit to the queue, watch, download."""
-    with connected(url, key) as remote:
+    with _connected(url, key) as remote:
         receipt = remote.submit(endpoint, _fields(input))
         _watch(remote, receipt)
         output = remote.result(receipt["response_url"])
@@ -46,21 +46,21 @@ def run(
 @commands.command()
 def status(request_id: str, url: Url = LOCAL_URL, key: Key = None) -> None:
     """Show where a request is, with its log."""
-    with connected(url, key) as remote:
+    with _connected(url, key) as remote:
         console.print_json(json.dumps(remote.status(request_id)))
 
 
 @commands.command()
 def cancel(request_id: str, url: Url = LOCAL_URL, key: Key = None) -> None:
     """Give a request up."""
-    with connected(url, key) as remote:
+    with _connected(url, key) as remote:
         console.print(remote.cancel(request_id)["status"])
 
 
 @commands.command()
 def models(url: Url = LOCAL_URL, key: Key = None) -> None:
     """List the endpoints that a server serves."""
-    with connected(url, key) as remote:
+    with _connected(url, key) as remote:
         table = Table("endpoint")
         for endpoint in remote.endpoints():
             table.add_row(endpoint)
@@ -118,6 +118,6 @@ def _save(remote: Remote, image: dict[str, Any], stem: Path) -> Path:
 
 
 @contextmanager
-def connected(url: str, key: str | None) -> Iterator[Remote]:
+def _connected(url: str, key: str | None) -> Iterator[Remote]:
     with explained(), closing(Remote(url, key)) as remote:
         yield remote
