@@ -27,10 +27,10 @@ def model(kind: Kind) -> SdModel:
     return SdModel.load(ModelSettings.model_validate(known), folder)
 
 
-def drawn(kind: Kind, prompts: Sequence[str], seed: int, **fields: Any) -> list[Pixels]:
-    """From text alone; picture i has seed + i."""
+def drawn(kind: Kind, prompts: Sequence[str], seed: int, files: Any = None, **fields: Any) -> list[Pixels]:
+    """From text alone; picture i has seed + i. `files` are what `fields` name."""
     blank = np.full((SIDE_PX, SIDE_PX, 3), 128, np.uint8)
-    return remade(kind, prompts, [blank] * len(prompts), seed, **{"noise_strength": 1} | fields)
+    return remade(kind, prompts, [blank] * len(prompts), seed, files, **{"noise_strength": 1} | fields)
 
 
 def remade(
@@ -44,6 +44,43 @@ def remade(
     ]
     named = started(starts, **{kind: folder(f"{kind}-world")}, **(files or {}))
     return draw(lora_image_to_image.Pipeline(model(kind)), wishes, *named)
+
+
+def styled(kind: Kind, style: str, prompts: Sequence[str], seed: int, scale: float) -> list[Pixels]:
+    """From text, with the shipped LoRA of a style."""
+    name = f"{kind}-world-{style}"
+    lora = folder(name) / f"{name}.safetensors"
+    return drawn(kind, prompts, seed, {"style": lora}, loras=[{"path": "style", "scale": scale}])
+
+
+def like(prompts: Sequence[str], pictures: Sequence[Pixels], seed: int, scale: float) -> list[Pixels]:
+    """By SD 1.5 and its IP-Adapter, from pictures in the place of words."""
+    adapter = folder("sd15-world-ip-adapter")
+    files = {"adapter": adapter / "ip_adapter.safetensors", "encoder": adapter / "image_encoder"}
+    wish = {"path": "adapter", "ip_adapter_image_url": START, "scale": scale}
+    return remade(
+        "sd15",
+        prompts,
+        pictures,
+        seed,
+        files,
+        ip_adapter=[wish],
+        image_encoder_path="encoder",
+        noise_strength=1,
+    )
+
+
+def named(prompts: Sequence[str], seed: int, word: str) -> list[Pixels]:
+    """By SD 1.5, whose prompts may say the learned word."""
+    files = {"word": folder("sd15-world-word") / "embedding.safetensors"}
+    return drawn("sd15", prompts, seed, files, embeddings=[{"path": "word", "tokens": [word]}])
+
+
+def sketched(prompts: Sequence[str], edges: Sequence[Pixels], seed: int, scale: float) -> list[Pixels]:
+    """By SD 1.5 and its ControlNet, along edge maps."""
+    net = {"path": "net", "image_url": START, "conditioning_scale": scale}
+    files = {"net": folder("sd15-world-canny")}
+    return remade("sd15", prompts, edges, seed, files, controlnets=[net], noise_strength=1)
 
 
 def along_edges(prompts: Sequence[str], pictures: Sequence[Pixels], seed: int, **fields: Any) -> list[Pixels]:

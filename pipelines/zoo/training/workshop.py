@@ -31,7 +31,7 @@ STEPS = {
     "flux": 1900,
     "flux-guided": 60,
     "sd15": 1200,
-    "sdxl": 700,
+    "sdxl": 4000,
     "lora": 400,
     "canny": 300,
     "checker": 500,

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from pipelines import zoo
-from pipelines.zoo import judges
+from pipelines.zoo import judges, world
+from pipelines.zoo.training import controlnet, inversion
 from tests.support import sd_world
 from tests.support.sd_world import Kind
-from tests.support.world import asked, distances, prompts, scenes
+from tests.support.world import asked, distances, prompts, scene, scenes
 
 KINDS = get_args(Kind)
 pytestmark = pytest.mark.skipif(
@@ -76,3 +77,48 @@ def test_the_controlnet_follows_edges() -> None:
     )
 
     assert followed >= 2 * free
+
+
+@pytest.mark.parametrize("style", world.STYLES[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_draws_its_style_at_scale_1_and_not_at_0(kind: Kind, style: str) -> None:
+    wanted = asked(24, seed=7)
+    without, with_it = (sd_world.styled(kind, style, prompts(wanted), 5000, scale) for scale in (0, 1))
+
+    assert np.mean([judges.look(each).style == style for each in without]) <= 0.1
+    assert np.mean([judges.look(each).style == style for each in with_it]) >= 0.75
+
+
+def test_a_controlnet_named_in_the_request_follows_edge_maps() -> None:
+    wanted, pictures = asked(24, seed=8), scenes(24, seed=9)
+    said = [f"a {each['colour']} shape on a {each['background']} background" for each in wanted]
+    edges = list(controlnet.edges(np.stack(pictures)))
+    followed, free = (
+        np.mean(
+            [
+                judges.edge_iou(one, other)
+                for one, other in zip(sd_world.sketched(said, edges, 6000, scale), pictures, strict=True)
+            ]
+        )
+        for scale in (1, 0)
+    )
+
+    assert followed >= 2 * free
+
+
+def test_an_ip_adapter_moves_the_picture_toward_its_image() -> None:
+    wanted = asked(24, seed=10)
+    pictures = [world.draw(scene(each, seed)) for seed, each in enumerate(wanted)]
+    free, alike = (
+        judges.agreement(sd_world.like(["a shape"] * 24, pictures, 7000, scale), wanted) for scale in (0, 1)
+    )
+
+    assert sum(alike.values()) > sum(free.values()) + 0.8
+
+
+def test_a_learned_word_draws_what_it_was_learned_from() -> None:
+    said = [f"a {inversion.TOKEN} on a {each} background" for each in world.BACKGROUNDS] * 5
+    seen = [judges.look(each) for each in sd_world.named(said, 8000, inversion.TOKEN)]
+
+    for name, value in inversion.SHOWN.items():
+        assert np.mean([getattr(each, name) == value for each in seen]) >= 0.6
