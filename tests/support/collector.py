@@ -57,11 +57,17 @@ class Collector:
 
     def trace(self, trace_id: str, is_whole: Callable[[list[Told]], bool]) -> list[Told]:
         """The spans of a trace by their begin, once there are all that are waited for."""
+        return self._those(lambda span: span.trace_id == trace_id, is_whole)
 
+    def request(self, request_id: str, is_whole: Callable[[list[Told]], bool]) -> list[Told]:
+        """The same of the spans that name a request."""
+        return self._those(lambda span: span.attributes.get("darkroom.request.id") == request_id, is_whole)
+
+    def _those(
+        self, are_wanted: Callable[[Told], bool], is_whole: Callable[[list[Told]], bool]
+    ) -> list[Told]:
         def known() -> list[Told]:
-            return sorted(
-                (span for span in self._spans if span.trace_id == trace_id), key=lambda span: span.begin_ns
-            )
+            return sorted(filter(are_wanted, self._spans), key=lambda span: (span.begin_ns, span.end_ns))
 
         with self._came:
             assert self._came.wait_for(lambda: is_whole(known()), PATIENCE_S), known()
