@@ -34,6 +34,7 @@ from deployments.gateway.gateway import Gateway
 from deployments.gateway.throttle import Throttle
 from deployments.meter import Meter
 from deployments.queue import open_keys, open_outbox, open_queue
+from deployments.readiness import Readiness
 from deployments.router import STATS_S
 from deployments.webhooks.keyring import open_keyring
 from deployments.webhooks.sender import Sender
@@ -153,6 +154,7 @@ class _GatewayReplica:
         self._digests = keys.parse(os.environ.get(settings.keys_env, ""))
         self._gateway: Gateway | None = None
         self._catalogue = Catalogue(models={})
+        self._readiness = Readiness(lambda: serve.status().applications)
 
     async def __serve_build_asgi_app__(self) -> Any:
         webhooks = self._settings.webhooks
@@ -193,10 +195,8 @@ class _GatewayReplica:
         return self._gateway
 
     async def _ready(self) -> bool:
-        """Whether every model's application runs."""
-        status = await asyncio.to_thread(serve.status)
-        running = {name for name, app in status.applications.items() if app.status == "RUNNING"}
-        return set(self._catalogue.models) | {FRONT} <= running
+        """Whether the front and every model could take a request."""
+        return await self._readiness.of({FRONT, *self._catalogue.models})
 
 
 class _DispatcherReplica:

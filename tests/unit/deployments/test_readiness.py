@@ -2,20 +2,23 @@
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Mapping
 
 import pytest
-from ray.serve.schema import (
-    ApplicationStatus,
-    ApplicationStatusOverview,
-    DeploymentStatus,
-    DeploymentStatusOverview,
-    DeploymentStatusTrigger,
-    ReplicaState,
-)
 
 from deployments import readiness
 from deployments.readiness import Readiness
+
+with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Ray's use of pydantic
+    from ray.serve.schema import (
+        ApplicationStatus,
+        ApplicationStatusOverview,
+        DeploymentStatus,
+        DeploymentStatusOverview,
+        DeploymentStatusTrigger,
+        ReplicaState,
+    )
 
 
 def application(status: str, **replicas: Mapping[str, int]) -> ApplicationStatusOverview:
@@ -39,7 +42,10 @@ STATES = [
     (application("NOT_STARTED"), False),
     (application("DEPLOYING"), False),
     (application("DEPLOYING", entry={"RUNNING": 1}, worker={"STARTING": 1}), False),  # it loads, and warms up
-    (application("DEPLOYING", entry={"RUNNING": 1}, worker={"RUNNING": 1, "STARTING": 1}), True),  # an upgrade
+    (
+        application("DEPLOYING", entry={"RUNNING": 1}, worker={"RUNNING": 1, "STARTING": 1}),
+        True,
+    ),  # newer
     (application("DEPLOY_FAILED", entry={"RUNNING": 1}, worker={"RUNNING": 2}), True),  # that failed
     (application("DEPLOY_FAILED", entry={"RUNNING": 1}, worker={"STARTING": 1}), False),
     (application("UNHEALTHY", entry={"RUNNING": 1}, worker={"RUNNING": 1, "STARTING": 1}), True),
