@@ -19,10 +19,8 @@ CALLER = "b7ad6b7169203331"  # the span of the caller's
 STAGES = ["wait", "fetch", "adapters", "encode", "denoise", "decode", "upload"]
 
 
-def submitted(
-    http: httpx.Client, url: str, fields: Mapping[str, Any], headers: Mapping[str, str]
-) -> dict[str, Any]:
-    answer = http.post(url, json=dict(fields), headers=dict(headers))
+def submitted(http: httpx.Client, url: str, fields: Mapping[str, Any], traceparent: bytes) -> dict[str, Any]:
+    answer = http.post(url, content=json.dumps(fields), headers=[(b"traceparent", traceparent)])
     receipt: dict[str, Any] = answer.raise_for_status().json()
     for status in follow(http, receipt):
         if status["status"] == "COMPLETED":
@@ -39,7 +37,7 @@ def test_a_request_is_one_trace_from_its_caller_to_its_webhook(
 ) -> None:
     trace = uuid4().hex
     url = f"/queue/{ENDPOINT}?fal_webhook={quote(f'{receiver.url}/hook?ticket=hidden', safe='')}"
-    receipt = submitted(alice, url, SMALL, {"traceparent": f"00-{trace}-{CALLER}-01"})
+    receipt = submitted(alice, url, SMALL, f"00-{trace}-{CALLER}-01".encode())
     generated = f"generate_content {ENDPOINT}"
     ways = ["submit", "queue", "dispatch", generated, "POST"]
     told = collector.trace(trace, has(*ways, *STAGES))
@@ -93,9 +91,10 @@ def test_a_request_is_one_trace_from_its_caller_to_its_webhook(
 
 def test_a_hostile_traceparent_is_not_gone_on_with(alice: httpx.Client, collector: Collector) -> None:
     zero = "0" * 32
+    hostile = [f"00-{zero}-{CALLER}-01".encode(), b"x" * 4000, b"00-\xff", b""]
     receipts = [
-        submitted(alice, f"/queue/{ENDPOINT}", SMALL | {"seed": seed}, {"traceparent": value})
-        for seed, value in enumerate([f"00-{zero}-{CALLER}-01", "x" * 4000, "00-\xff", ""], start=100)
+        submitted(alice, f"/queue/{ENDPOINT}", SMALL | {"seed": seed}, value)
+        for seed, value in enumerate(hostile, start=100)
     ]
     for receipt in receipts:
         told = collector.request(receipt["request_id"], has("submit", "dispatch"))
@@ -109,10 +108,10 @@ def test_a_mistake_is_the_callers_and_a_trace_has_no_word_of_any_request(
     alice: httpx.Client, collector: Collector, server: Server, tmp_path: Any
 ) -> None:
     trace = uuid4().hex
-    headers = {"traceparent": f"00-{trace}-{CALLER}-01"}
+    parent = f"00-{trace}-{CALLER}-01".encode()
     with serving(tmp_path) as site:
         fields = SMALL | {"prompt": "a canary", "image_url": f"{site}/canary.png?canary=1"}
-        submitted(alice, f"/queue/{REMAKE}", fields, headers)
+        submitted(alice, f"/queue/{REMAKE}", fields, parent)
         told = collector.trace(trace, has("submit", "dispatch", f"generate_content {REMAKE}"))
     assert not any(span.is_error for span in told)
     answered = {span.name: span.attributes.get("http.response.status_code") for span in told}
@@ -126,8 +125,8 @@ def test_log_lines_name_the_request_and_its_trace(
     alice: httpx.Client, collector: Collector, server: Server
 ) -> None:
     trace = uuid4().hex
-    headers = {"traceparent": f"00-{trace}-{CALLER}-01"}
-    receipt = submitted(alice, f"/queue/{ENDPOINT}", SMALL | {"seed": 55}, headers)
+    parent = f"00-{trace}-{CALLER}-01".encode()
+    receipt = submitted(alice, f"/queue/{ENDPOINT}", SMALL | {"seed": 55}, parent)
     collector.trace(trace, has("dispatch"))
     lines = [line for line in server.log.read_text().splitlines() if receipt["request_id"] in line]
     assert any(f"trace_id={trace}" in line for line in lines), json.dumps(lines)
