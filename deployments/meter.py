@@ -48,13 +48,14 @@ class Meter:
         self._waiting, self._waiting_at = waiting, self._clock()
 
     def told(self) -> Told:
-        """`busy` is a share, `busy_s` by `done` are a request's compute seconds; whose `waiting_at` is the
-        latest knows how many wait."""
+        """`busy` is a share, `busy_s` by `done` are a request's compute seconds, by `done` and `running` what
+        they are at least; whose `waiting_at` is the latest knows how many wait."""
         self._advance()
         return {
             "busy": self._busy,
             "busy_s": self._busy_s,
             "done": self._done,
+            "running": self._running,
             "start_s": self._start_s,
             "waiting": self._waiting,
             "waiting_at": self._waiting_at,
