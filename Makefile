@@ -15,7 +15,8 @@ serve: .venv/.demo
 
 # The tests that start servers run one after another; the rest on all cores. Where the machine is busy, a
 # client's own ten seconds can run out: what failed there is tried once more, and the summary says so.
-SERVERS := tests/serve tests/clients tests/faults/test_live_server.py tests/faults/test_server_killed.py
+SERVERS := tests/serve tests/clients tests/faults/test_live_server.py \
+	tests/faults/test_server_killed.py tests/faults/test_nodes.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(SERVERS))
