@@ -34,13 +34,7 @@ from tests.support.watching import follow, submit
 PRODUCTION = ROOT / "cluster" / "overlays" / "prod" / "generated" / "config.yaml"
 LIMIT_S = 600.0  # for whatever is waited for
 LOOK_S = 0.5  # between two looks: each is work for Serve's controller
-PORTS = 200  # first the replicas', then some for each node
-AGENT_PORTS = (  # those that are not given must be told within 15 s, or the node dies
-    "metrics_agent_port",
-    "metrics_export_port",
-    "dashboard_agent_listen_port",
-    "runtime_env_agent_port",
-)
+PORTS = 150  # first the replicas', then some for each node
 APPLICATIONS = "/api/serve/applications/"
 GROUPS: dict[str, dict[str, Any]] = {  # as cluster/base/rayservice.yaml has them
     "head": {"num_cpus": 0, "num_gpus": 0},
@@ -124,7 +118,6 @@ class RayCluster:
         self._port = server.free_ports(PORTS)
         self._free = iter(range(self._port + server.REPLICA_PORTS, self._port + PORTS))
         self._own: dict[str, dict[str, str]] = {}  # node → its ports, by the names of their variables
-        self._agents: dict[str, list[int]] = {}  # node → those of AGENT_PORTS
         self.dashboard = f"http://127.0.0.1:{next(self._free)}"
         self.gcs_port = next(self._free)
         redis = next(self._free)
@@ -141,8 +134,7 @@ class RayCluster:
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self._port + server.REPLICA_PORTS - 1),
             "RAY_AUTH_TOKEN": self._token,
             "RAY_TMPDIR": str(folder),
-            "RAY_raylet_start_wait_time_s": "120",  # this and the next two are for a busy machine
-            "RAY_worker_register_timeout_seconds": "300",
+            "RAY_worker_register_timeout_seconds": "300",  # this and the next are for a busy machine
             "RAY_worker_niceness": "0",
             "RAY_REDIS_ADDRESS": f"127.0.0.1:{redis}",
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as KubeRay sets it
@@ -167,9 +159,7 @@ class RayCluster:
         group = name.partition("/")[0]
         if name not in self._own:
             self._own[name] = self._ports()
-            self._agents[name] = [next(self._free) for _ in AGENT_PORTS]
-        agents = dict(zip(AGENT_PORTS, self._agents[name], strict=True))
-        options: dict[str, Any] = {**GROUPS[group], **agents, "env_vars": self._own[name]}
+        options: dict[str, Any] = {**GROUPS[group], "env_vars": self._own[name]}
         if name == "head":
             options |= {
                 "gcs_server_port": self.gcs_port,

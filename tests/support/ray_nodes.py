@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 from tests.support.processes import descendants, kill
 
 JOIN_S = 180.0  # that a node may take to be known
+ATTEMPTS = 5  # a raylet dies whose agents take more than 15 s to start, as on a busy machine
 
 
 class Nodes:
@@ -24,7 +25,15 @@ class Nodes:
         self._nodes: dict[str, Any] = {}
 
     def add(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        node = self._cluster.add_node(wait=False, **options)
+        for attempt in range(1, ATTEMPTS + 1):
+            before = set(descendants([os.getpid()]))
+            try:
+                node = self._cluster.add_node(wait=False, **options)
+                break
+            except Exception:
+                if attempt == ATTEMPTS:
+                    raise
+                kill(set(descendants([os.getpid()])) - before)
         self._cluster._wait_for_node(node, JOIN_S)
         self._nodes[name] = node
         return {"id": node.node_id}
