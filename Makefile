@@ -15,7 +15,8 @@ serve: .venv/.demo
 
 # The tests that start servers run one after another; the rest on all cores. Where the machine is busy, a time limit
 # can run out that has nothing to do with the test: what failed is tried once more, and the summary says so.
-SERVERS := tests/serve tests/clients tests/faults/test_live_server.py tests/faults/test_server_killed.py
+SERVERS := tests/serve tests/clients tests/faults/test_live_server.py \
+	tests/faults/test_server_killed.py tests/faults/test_nodes.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal --reruns 1 $(addprefix --ignore=,$(SERVERS))
