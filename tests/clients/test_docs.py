@@ -131,6 +131,7 @@ def test_a_command_does_what_it_says(name: str, desk: Desk, monkeypatch: pytest.
         monkeypatch.chdir(desk.server.log.parent)
     if "ID" in words:
         words[words.index("ID")] = named(words, desk)
+    words = ["head" if each == "REVISION" else each for each in words]
     done = CliRunner().invoke(app, words)
     is_late = words[0] == "cancel" and "already completed" in done.output
     assert done.exit_code == 0 or is_late, done.output
