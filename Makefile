@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo serve test fuzz coverage faults check bench manifests lock audit sbom clean
+.PHONY: demo serve test fuzz coverage faults check docs bench manifests lock audit sbom clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -47,6 +47,11 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The documentation as a site, in out/docs: see mkdocs.yml.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks
