@@ -17,7 +17,7 @@ import httpx
 from deployments.files.store import open_files
 from deployments.worker import Worker
 from pipelines import zoo
-from schemas.jobs import Job, Update
+from schemas.jobs import Backlog, Job, Update
 from schemas.settings import ModelSettings
 from tests.support.gateway import gateway_at_work
 
@@ -28,7 +28,7 @@ class Direct:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    async def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
+    async def generate(self, job: Job, backlog: Backlog) -> AsyncGenerator[Update]:
         async for update in self._worker.generate(job):
             yield update
 

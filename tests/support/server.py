@@ -148,6 +148,8 @@ def start(
     deadline = time.monotonic() + START_TIMEOUT_S
     while f"ready on {server.url}" not in log.read_text():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the server did not start:\n{log.read_text()[-5000:]}")
+            said = log.read_text()[-5000:]
+            server.kill()
+            raise RuntimeError(f"the server did not start:\n{said}")
         time.sleep(0.2)
     return server
