@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo serve test fuzz coverage faults check bench manifests lock audit sbom clean
+.PHONY: demo serve test fuzz coverage faults check docs bench manifests lock audit sbom clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -15,7 +15,8 @@ serve: .venv/.demo
 
 # The tests that start servers run one after another; the rest on all cores. Where the machine is busy, a time limit
 # can run out that has nothing to do with the test: what failed is tried once more, and the summary says so.
-SERVERS := tests/serve tests/clients tests/faults/test_live_server.py tests/faults/test_server_killed.py
+SERVERS := tests/serve tests/clients tests/faults/test_live_server.py \
+	tests/faults/test_server_killed.py tests/faults/test_nodes.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal --reruns 1 $(addprefix --ignore=,$(SERVERS))
@@ -46,6 +47,11 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The documentation as a site, in out/docs: see mkdocs.yml.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks

@@ -4,6 +4,7 @@ from benchmarks import (
     adapters,
     bases,
     batching,
+    cluster,
     engine,
     measure,
     overhead,
@@ -30,5 +31,6 @@ for benchmark in (
     bases,
     stable_diffusion,
     zoo,
+    cluster,
 ):
     benchmark.main()

@@ -62,11 +62,18 @@ class WorkPolicy:
         return replicas, {}
 
     def _learn(self, told: list[Told]) -> None:
-        """Keep what replicas have measured, for when there is none."""
+        """Keep what replicas have measured, for when there is none.
+
+        What runs for longer than requests took so far takes longer, and none need have ended to know it.
+        """
         self._start_s = max((each["start_s"] for each in told if "start_s" in each), default=self._start_s)
-        done = sum(each.get("done", 0.0) for each in told)
+        busy_s, done, running = (
+            sum(each.get(name, 0.0) for each in told) for name in ("busy_s", "done", "running")
+        )
         if done >= 1:
-            self._seconds = sum(each.get("busy_s", 0.0) for each in told) / done
+            self._seconds = busy_s / done
+        elif running:
+            self._seconds = max(self._seconds, busy_s / (done + running))
 
 
 def _told(metrics: Mapping[str, Mapping[Any, Any]]) -> Iterable[Told]:

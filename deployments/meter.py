@@ -50,13 +50,14 @@ class Meter:
         self._backlog, self._told_at = backlog, self._clock()
 
     def told(self) -> Told:
-        """`busy` is a share, `busy_s` by `done` are a request's compute seconds; whose `told_at` is the
-        latest knows the backlog."""
+        """`busy` is a share, `busy_s` by `done` are a request's compute seconds, by `done` and `running` what
+        they are at least; whose `told_at` is the latest knows the backlog."""
         self._advance()
         return {
             "busy": self._busy,
             "busy_s": self._busy_s,
             "done": self._done,
+            "running": self._running,
             "start_s": self._start_s,
             "waiting": self._backlog.waiting,
             "low": self._backlog.low,

@@ -262,14 +262,14 @@ def prepare_environment() -> None:
     """
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    first = _free_ports(REPLICA_PORTS + len(INNER_PORTS))
+    first = free_ports(REPLICA_PORTS + len(INNER_PORTS))
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", str(first))
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", str(first + REPLICA_PORTS - 1))
     for port, name in enumerate(INNER_PORTS, start=first + REPLICA_PORTS):
         os.environ.setdefault(name, str(port))
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of `count` neighbouring ports that nobody listens on, below the ephemeral range."""
     while True:
         first = random.randrange(20_000, 32_000 - count)

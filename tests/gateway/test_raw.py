@@ -8,6 +8,7 @@ import resource
 from collections.abc import AsyncIterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -26,7 +27,11 @@ SLOW_SOCKETS = 300
 @pytest.fixture
 async def place(tmp_path: Path) -> AsyncIterator[Place]:
     """As elsewhere, but small and impatient."""
-    limits = {"max_body_bytes": MAX_BODY_BYTES, "max_upload_bytes": MAX_BODY_BYTES, "body_grace_s": 1}
+    limits: dict[str, Any] = {
+        "max_body_bytes": MAX_BODY_BYTES,
+        "max_upload_bytes": MAX_BODY_BYTES,
+        "body_grace_s": 1,
+    }
     async with gateway_at_work(tmp_path, keys=ALICE, **limits) as place:
         place.model.open.set()
         yield place

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from deployments.dispatcher import Dispatcher
+from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.store import FileStore, open_files
 from deployments.gateway import http
 from deployments.gateway.gateway import Gateway
@@ -24,6 +24,8 @@ from pipelines import registry
 from schemas.jobs import Job, JobResult
 from schemas.settings import Catalogue, FrontSettings
 from tests.support.jobs import ScriptedModel
+
+Connect = Callable[[str], ModelHandle]
 
 PICTURE = b"\xff\xd8\xff a picture"
 
@@ -43,15 +45,18 @@ class Place:
 
 
 @asynccontextmanager
-async def gateway_at_work(folder: Path, *, keys: str = "", **settings: Any) -> AsyncIterator[Place]:
-    """A gateway that serves every endpoint. Its model draws `PICTURE` once its gate is open."""
+async def gateway_at_work(
+    folder: Path, *, keys: str = "", connect: Connect | None = None, **settings: Any
+) -> AsyncIterator[Place]:
+    """A gateway that serves every endpoint. Its model draws `PICTURE` once its gate is open, unless another
+    is connected."""
     files_url, queue_url = f"file://{folder}/files", f"sqlite:///{folder}/queue.sqlite3"
     front = FrontSettings(files_url=files_url, queue_url=queue_url, **settings)
     catalogue = Catalogue.model_validate({"models": {"every": {"endpoints": list(registry.ENDPOINTS)}}})
     queue, files, model = open_queue(queue_url, front.lease), open_files(files_url), ScriptedModel()
     model.outcome = await _drawing(files)
     dispatcher = Dispatcher(
-        queue, front.lease, model.connect, lambda each: registry.endpoint(each).input_type()
+        queue, front.lease, connect or model.connect, lambda each: registry.endpoint(each).input_type()
     )
     gateway = Gateway(queue, files, front)
     gateway.configure(catalogue)

@@ -15,7 +15,8 @@ with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # R
 
     from deployments.app import _autoscaling
 
-BUSY = {"busy": 1.0, "busy_s": 250.0, "done": 50.0, "start_s": 60.0, "waiting": 0, "low": 0, "told_at": 1.0}
+BUSY = {"busy": 1.0, "busy_s": 250.0, "done": 50.0, "running": 8, "start_s": 60.0}
+BUSY |= {"waiting": 0, "low": 0, "told_at": 1.0}
 
 
 def settings(**autoscaling: Any) -> ModelSettings:
@@ -100,6 +101,15 @@ def test_what_was_measured_is_remembered_without_a_replica() -> None:
     assert policy()(crowd)[0] == 2, "five seconds are taken for the usual"
 
 
+def test_what_runs_tells_how_long_it_takes_before_any_has_ended() -> None:
+    quick = policy(start_s=0)
+    quick(context(0, handed=1, told=(BUSY | {"busy_s": 5.0},)))  # 0.1 s each
+    new = BUSY | {"busy": 0.0, "done": 0.0}
+    assert quick(context(1, handed=12, told=(new | {"busy_s": 1.0},)))[0] == 1
+    assert quick(context(20, handed=12, told=(new | {"busy_s": 20.0},)))[0] == 3, "2.5 s each at least"
+    assert quick(context(21, handed=12, told=()))[0] == 3, "which is remembered"
+
+
 def test_a_replica_that_has_told_nothing_yet_is_no_harm() -> None:
     assert policy()(context(handed=1, told=({},)))[0] == 1
 
@@ -116,6 +126,7 @@ def test_a_meter_counts_the_time_that_requests_share() -> None:
     meter = Meter(2.0, clock)
     with meter.request(), meter.request():
         clock.now += 10
+        assert meter.told()["running"] == 2
     told = meter.told()
     assert told["start_s"] == 2.0
     assert 4.9 < told["busy_s"] / told["done"] <= 5.0

@@ -12,7 +12,7 @@ from deployments import server
 def test_t36_ray_is_started_with_a_token_and_without_a_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in server.DEFAULT_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server, "_free_ports", lambda count: 20_000)
+    monkeypatch.setattr(server, "free_ports", lambda count: 20_000)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     server.prepare_environment()
     assert os.environ["RAY_AUTH_MODE"] == "token"
@@ -27,7 +27,7 @@ def test_t36_ray_is_started_with_a_token_and_without_a_dashboard(monkeypatch: py
 
 
 def test_t36_the_operators_own_word_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_free_ports", lambda count: 20_000)
+    monkeypatch.setattr(server, "free_ports", lambda count: 20_000)
     monkeypatch.setattr(os, "environ", {**os.environ, "RAY_AUTH_MODE": "k8s"})
     server.prepare_environment()
     assert os.environ["RAY_AUTH_MODE"] == "k8s"
