@@ -46,13 +46,6 @@ def remade(
     return draw(lora_image_to_image.Pipeline(model(kind)), wishes, *named)
 
 
-def styled(kind: Kind, style: str, prompts: Sequence[str], seed: int, scale: float) -> list[Pixels]:
-    """From text, with the shipped LoRA of a style."""
-    name = f"{kind}-world-{style}"
-    lora = folder(name) / f"{name}.safetensors"
-    return drawn(kind, prompts, seed, {"style": lora}, loras=[{"path": "style", "scale": scale}])
-
-
 def like(prompts: Sequence[str], pictures: Sequence[Pixels], seed: int, scale: float) -> list[Pixels]:
     """By SD 1.5 and its IP-Adapter, from pictures in the place of words."""
     adapter = folder("sd15-world-ip-adapter")
@@ -70,16 +63,10 @@ def like(prompts: Sequence[str], pictures: Sequence[Pixels], seed: int, scale: f
     )
 
 
-def named(prompts: Sequence[str], seed: int, word: str) -> list[Pixels]:
-    """By SD 1.5, whose prompts may say the learned word."""
-    files = {"word": folder("sd15-world-word") / "embedding.safetensors"}
-    return drawn("sd15", prompts, seed, files, embeddings=[{"path": "word", "tokens": [word]}])
-
-
 def sketched(prompts: Sequence[str], edges: Sequence[Pixels], seed: int, scale: float) -> list[Pixels]:
     """By SD 1.5 and its ControlNet, along edge maps."""
     net = {"path": "net", "image_url": START, "conditioning_scale": scale}
-    files = {"net": folder("sd15-world-canny")}
+    files = {"net": folder("sd15-world-canny") / "diffusion_pytorch_model.safetensors"}
     return remade("sd15", prompts, edges, seed, files, controlnets=[net], noise_strength=1)
 
 

@@ -33,12 +33,12 @@ STEPS = {
     "sd15": 1200,
     "sdxl": 4000,
     "lora": 400,
-    "canny": 300,
+    "canny": 900,
     "checker": 500,
     "redux": 250,
     "clip-vision": 400,
     "ip-adapter": 300,
-    "word": 100,
+    "word": 400,
 }
 
 
