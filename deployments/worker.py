@@ -433,13 +433,18 @@ class _Stopwatch:
 
 
 def _pace(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
-    """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps."""
+    """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps.
+
+    Where `acceleration` skipped most of some steps, also how many a picture in the mean.
+    """
     steps = [sample.step for sample in generation.samples]
     if not any(steps):
         return {}
     rows = sum(sample.company for sample in generation.samples) / sum(steps)
     pace = max(steps) / max(watch.seconds("denoise"), 1e-4)
-    return {"steps_per_second": round(pace, 2), "rows": round(rows, 2)}
+    reused = sum(len(sample.reused) for sample in generation.samples)
+    skipped = {"steps_skipped": round(reused / len(steps), 2)} if reused else {}
+    return {"steps_per_second": round(pace, 2), "rows": round(rows, 2), **skipped}
 
 
 def _inline(encoded: Encoded) -> PictureFile:
@@ -477,6 +482,8 @@ def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
     started = time.monotonic()
     model = next(iter(kinds.values())).model_type.load(settings, _source)
     logger.info("loaded %s in %.1f s", settings.model, time.monotonic() - started)
+    model.warm()
+    logger.info("%s runs with %s", settings.model, dict(model.effective))
     return {endpoint_id: kind(model) for endpoint_id, kind in kinds.items()}, model
 
 

@@ -45,6 +45,14 @@ class Model(ABC):
         The samples share a key. Answers have the shape of the sample's latents, in float32.
         """
 
+    def warm(self) -> None:  # noqa: B027 - a model that needs none has none
+        """Measure, compile and capture what the first requests will need; may take minutes on a GPU."""
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        """How its forwards really run: dtype, precision, attention and the like, for the log."""
+        return {}
+
     def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
         """The pixels [3, height, width] of those finished samples that are worth decoding in one call."""
         return {}

@@ -288,6 +288,66 @@ class AutoscalingSettings(Settings):
     )
 
 
+class PictureSize(Settings):
+    """Pixels."""
+
+    width: int = Field(ge=64, le=4096)
+    height: int = Field(ge=64, le=4096)
+
+
+class SpeedSettings(Settings):
+    """How the forwards run. But for `quantisation` and `allow_lossy`, pictures change by rounding only."""
+
+    compile: Literal["auto", "none", "regional"] = Field(
+        "auto", description="regional: torch.compile of the repeated blocks; auto: that on a GPU, else none"
+    )
+    backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        "inductor", description="torch.compile's; the others make nothing faster and are for tests"
+    )
+    graphs: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto: on a GPU, forwards of `sizes` and `rows` are captured as CUDA graphs where that "
+        "is measured to be faster",
+    )
+    sizes: tuple[PictureSize, ...] = Field(
+        (PictureSize(width=1024, height=1024),),
+        description="pictures whose forwards are made ready at the start; others are compiled as well, but "
+        "never captured",
+    )
+    rows: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 2, 3, 4), description="rows of a forward that are made ready, as far as batch_tokens goes"
+    )
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "math"] = Field(
+        "auto",
+        description="which of torch's kernels comes first on a GPU; auto: the fastest by measurement at the "
+        "start, sdpa: torch's own order",
+    )
+    channels_last: bool | None = Field(
+        None, description="the memory format of convolutions; null: channels last on a GPU"
+    )
+    compile_vae: bool = Field(False, description="torch.compile of the VAE's decoder")
+    quantisation: Literal["none", "fp8"] = Field(
+        "none",
+        description="fp8: the layers of FLUX's blocks multiply in float8; needs dtype bfloat16 and a GPU of "
+        "compute capability 8.9",
+    )
+    cache: str = Field(
+        "~/.cache/darkroom/compiled", description="a folder on a local disk for what has been compiled"
+    )
+    allow_lossy: bool = Field(
+        False,
+        description="whether a request's `acceleration` skips work; else the field is taken, to no effect",
+    )
+    regular_threshold: float = Field(
+        0.08,
+        ge=0,
+        le=1,
+        description="with acceleration regular, a step whose first block changes its input by so much like "
+        "the last whole step, relatively, reuses the other blocks' share of that one; 0: never",
+    )
+    high_threshold: float = Field(0.15, ge=0, le=1, description="the same for acceleration high")
+
+
 class ModelSettings(Settings):
     """The `args` of a model application: one resident base model and the endpoints it serves."""
 
@@ -347,6 +407,7 @@ class ModelSettings(Settings):
     picture_decoders: int = Field(
         2, ge=1, description="processes that decode the pictures in requests, at most 0.5 GiB each"
     )
+    speed: SpeedSettings = SpeedSettings()
     limits: Limits = Limits()
     fetch: FetchSettings = FetchSettings()
     weights: WeightSettings = WeightSettings()
@@ -358,6 +419,12 @@ class ModelSettings(Settings):
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     concurrency: int = Field(8, ge=1, description="requests that one replica runs at once")
     drain_s: float = Field(120, gt=0, description="longest wait for running images at a shutdown")
+
+    @model_validator(mode="after")
+    def _fp8_beside_bfloat16(self) -> "ModelSettings":
+        if self.speed.quantisation == "fp8" and self.dtype != "bfloat16":
+            raise ValueError(f"quantisation: fp8 needs dtype: bfloat16, not {self.dtype}")
+        return self
 
     @model_validator(mode="after")
     def _can_check(self) -> "ModelSettings":

@@ -50,6 +50,8 @@ class Sample:
     step: int = 0  # steps done
     denoised: Tensor | None = None
     last_turn: int = -1  # the engine's turn that stepped it last; -1 before the first
+    memory: object = None  # its model's own, from one step to the next
+    reused: frozenset[int] = frozenset()  # the steps that took a part of their forward from an earlier one
     company: int = 0  # samples of the batches that stepped it, itself included, over all steps
 
     @property

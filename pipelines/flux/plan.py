@@ -13,6 +13,7 @@ from pipelines.engine.sample import Advanced, Plan
 from pipelines.flux.attention import KeyValues
 from pipelines.flux.controlnet import ControlUse
 from pipelines.flux.easycontrol import Condition
+from pipelines.flux.first_block import Reuse
 from pipelines.flux.sampling import (
     Grid,
     denoised,
@@ -82,6 +83,7 @@ class Row:
     controls: tuple[ControlUse, ...] = ()
     conditions: tuple[Attended, ...] = ()
     reference: Reference | None = None
+    reuse: Reuse | None = None  # of an earlier step's blocks; None: never
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +137,7 @@ class Denoising(Leg):
     pull: Pull | None = None
     sampler: Sampler = "euler"
     zero_init: bool = False
+    reuse: Reuse | None = None
 
     @property
     def steps(self) -> int:
@@ -151,6 +154,7 @@ class Denoising(Leg):
             tuple(each.what for each in guides.controls if each.holds(step, self.steps)),
             guides.conditions,
             reference.what if reference and reference.has_begun(step, self.steps) else None,
+            self.reuse,
         )
 
     def advance(self, step: int, latents: Tensor, velocity: Tensor, previous: Tensor | None) -> Advanced:

@@ -22,7 +22,10 @@ from pipelines.sd import image_encoder, loading
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.checkpoints import LIMITS
 from pipelines.sd.expand import Expander
+from pipelines.sd.grid import Grid
 from pipelines.sd.text import Encoding
+from pipelines.speed import artefacts, attention
+from pipelines.speed.denoiser import channels_last, told
 from schemas.settings import ModelSettings
 
 
@@ -46,7 +49,10 @@ class SdModel(Model):
         self.limits = settings.limits
         self.finds_edges = settings.finds_edges
         self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
+        if settings.speed.quantisation != "none":
+            raise ValueError(f"quantisation: {settings.speed.quantisation} is for FLUX")
         self._settings = settings
+        self._attention = "as torch likes"
         self._source = source
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
@@ -67,6 +73,34 @@ class SdModel(Model):
             tokenizer = model.base.tokenizer
             model.expander = Expander.load(locate(settings.expander), settings.device, tokenizer)
         return model
+
+    def warm(self) -> None:
+        speed, base = self._settings.speed, self.base
+        if not base.denoiser.is_compiled:
+            return
+        device = torch.device(self._settings.device)
+        artefacts.keep_in(speed.cache, device, self._settings.model)
+        grids = [Grid.of(size.width, size.height) for size in speed.sizes]
+        if grids:
+            shape = base.attention_shape(max(grids, key=lambda grid: grid.rows * grid.columns))
+            self._attention = attention.prefer(speed.attention, shape, self._dtype, device)
+        if self.controlnet is not None:
+            channels_last([self.controlnet], speed, device)
+        with told(self._settings.model):
+            for grid in grids:
+                for rows in sorted({1, *(2 * each for each in speed.rows)}):  # with guidance each has two
+                    if rows <= 2 or rows * grid.rows * grid.columns // 4 <= self._settings.batch_tokens:
+                        base.warm(grid, rows)
+
+    @property
+    def effective(self) -> Mapping[str, str]:
+        denoiser = self.base.denoiser
+        return {
+            "dtype": self._settings.dtype,
+            "attention": self._attention,
+            "compiled": "blocks" if denoiser.is_compiled else "nothing",
+            "captured": str(denoiser.captured),
+        }
 
     def hold_base(
         self, path: Path, held: ExitStack, *, variant: str | None = None, unet: Path | None = None
@@ -128,6 +162,7 @@ class SdModel(Model):
 
         def load() -> Base:
             parts = blueprint().load(settings.device)
-            return Base(name, parts, self._encodings, settings.lora_rank, settings.batch_tokens)
+            rank, tokens = settings.lora_rank, settings.batch_tokens
+            return Base(name, parts, self._encodings, rank, tokens, speed=settings.speed)
 
         return Wanted(lambda: blueprint().nbytes, load)

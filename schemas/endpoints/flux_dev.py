@@ -1,6 +1,6 @@
 """`fal-ai/flux/dev`: text to image with FLUX.1 [dev]."""
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
@@ -18,6 +18,11 @@ from schemas.fields import (
 )
 from schemas.settings import Limits
 
+ACCELERATION: Final = (
+    "Steps that hardly differ from an earlier one reuse most of it: faster, and not quite the same picture. "
+    "On a server that does not allow that, nothing is skipped."
+)
+
 
 class Input(EndpointInput):
     """What a caller sends."""
@@ -34,6 +39,7 @@ class Input(EndpointInput):
     sync_mode: bool = Field(False, description="Return the pictures inside the answer, as data URIs.")
     num_images: int = Field(1, ge=1, le=4, description="The number of images to generate.")
     enable_safety_checker: bool = Field(True, description="Blacken pictures that are not safe.")
+    acceleration: Literal["none", "regular", "high"] = Field("none", description=ACCELERATION)
 
     def check(self, limits: Limits) -> None:
         size = resolve(self.image_size)
@@ -50,7 +56,8 @@ class Output(BaseModel):
     images: list[Image] = Field(description="The generated pictures.")
     timings: dict[str, float] = Field(
         description="Seconds spent, by stage, in all as `inference`; `steps_per_second`; and as `rows` how "
-        "many pictures, of this request and others, shared a step in the mean."
+        "many pictures, of this request and others, shared a step in the mean. Where `acceleration` had an "
+        "effect, `steps_skipped`: how many steps of a picture reused most of an earlier one, in the mean."
     )
     seed: int = Field(description="The seed used: the one sent, or the one drawn.")
     has_nsfw_concepts: list[bool] = Field(description="Which pictures were found unsafe.")

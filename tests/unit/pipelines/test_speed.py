@@ -1,0 +1,71 @@
+"""What speed rests on where there is no GPU: artefacts, kernels, memory formats, the compiled decoder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from pipelines import vae
+from pipelines.speed import artefacts, attention
+from pipelines.speed.captures import Captures
+from pipelines.speed.denoiser import channels_last, compiles, staged_rows
+from schemas.settings import SpeedSettings
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_artefacts_lie_apart_by_torch_device_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(artefacts.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    path = artefacts.keep_in(str(tmp_path), GPU, "black-forest-labs/FLUX.1-dev")
+    assert path == tmp_path / f"torch-{torch.__version__}" / "NVIDIA-H200" / "black-forest-labs-FLUX.1-dev"
+    assert path.is_dir()
+    # what is set counts, also for the next model of the process
+    assert artefacts.keep_in(str(tmp_path), CPU, "another") == path
+
+
+def test_compiling_is_for_gpus_unless_one_says_otherwise() -> None:
+    assert [compiles(SpeedSettings(), device) for device in (CPU, GPU)] == [False, True]
+    assert not compiles(SpeedSettings(compile="none"), GPU)
+    assert compiles(SpeedSettings(compile="regional"), CPU)
+    assert (staged_rows(SpeedSettings(), 4096, CPU), staged_rows(SpeedSettings(), 4096, GPU)) == (0, 256)
+
+
+def test_the_kernel_that_runs_is_told() -> None:
+    assert attention.prefer("auto", (1, 2, 64, 16), torch.float32, CPU) in ("flash", "math")
+
+
+def test_convolutions_go_channels_last_where_asked() -> None:
+    layer = nn.Conv2d(4, 8, 3)
+    channels_last([layer], SpeedSettings(), CPU)
+    assert layer.weight.is_contiguous()
+    channels_last([layer], SpeedSettings(channels_last=True), CPU)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nothing_is_captured_without_a_gpu() -> None:
+    captures = Captures(CPU)
+    captures.capture("key", lambda inputs: inputs["x"] + 1, {"x": torch.zeros(2)})
+    assert len(captures) == 0
+
+
+def test_a_compiled_decoder_makes_the_same_picture_in_every_size(flux_folder: Path) -> None:
+    plain, fast = (AutoencoderKL.from_pretrained(flux_folder, subfolder="vae") for _ in range(2))
+    vae.compile_decoder(fast, "eager")
+    channels_last([fast], SpeedSettings(channels_last=True), CPU)
+    draw = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for size in ((6, 8), (9, 4)):
+            latents: Any = torch.randn(16, *size, generator=draw)
+            torch.testing.assert_close(
+                vae.decode(fast, latents), vae.decode(plain, latents), atol=1e-4, rtol=1e-4
+            )
+        # the copy in float32 that a picture beyond half precision needs runs its own layers
+        fast.half()
+        loud = torch.full((16, 4, 4), 3e4)
+        torch.testing.assert_close(vae.decode(fast, loud), vae.decode(plain, loud), atol=0.5, rtol=0.1)

@@ -1,0 +1,244 @@
+"""FLUX made fast gives the pictures that it gives by itself: alone, in mixed batches, with LoRAs."""
+
+import logging
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from pipelines.adapters.bank import LoraUse
+from pipelines.base import Assets
+from pipelines.engine.engine import Engine
+from pipelines.engine.sample import Sample
+from pipelines.flux import flux_lora_image_to_image
+from pipelines.flux.first_block import Reuse
+from pipelines.flux.flux_dev import Pipeline
+from pipelines.flux.model import FluxModel
+from pipelines.flux.plan import Adapters, Conditioning, Denoising, FluxPlan
+from pipelines.flux.sampling import Grid, draw_noise, schedule
+from pipelines.speed.regions import graphs
+from schemas.endpoints.flux_dev import Input
+from schemas.endpoints.flux_lora_image_to_image import Input as EditInput
+from schemas.settings import ModelSettings, PictureSize, SpeedSettings
+from tests.support.engine import run_to_end
+from tests.support.fields import shows
+from tests.support.loras import write_lora
+
+TEXT = 32
+TOLERANCE = 1e-5  # float32; the order of sums differs
+SIZE = PictureSize(width=80, height=64)
+
+
+def load(folder: Path, **speed: Any) -> FluxModel:
+    options = ModelSettings(
+        model=str(folder),
+        endpoints=("any",),
+        max_sequence_length=TEXT,
+        lora_rank=32,
+        speed=SpeedSettings(sizes=(SIZE,), rows=(1, 2), cache=str(folder / "compiled"), **speed),
+    )
+    return FluxModel.load(options, Path)
+
+
+@pytest.fixture(scope="module")
+def compiled(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FluxModel:
+    """Warm, with graphs that torch runs as they are: tested is what they hold, and when they are used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        model = load(flux_folder, compile="regional", backend="eager")
+        model.warm()
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(flux_folder: Path) -> FluxModel:
+    return load(flux_folder)
+
+
+def sample(
+    seed: int,
+    *,
+    side: int = 4,
+    steps: int = 3,
+    loras: tuple[LoraUse, ...] = (),
+    reuse: Reuse | None = None,
+) -> Sample:
+    draw = torch.Generator().manual_seed(seed)
+    text = Conditioning(torch.randn(TEXT, 32, generator=draw), torch.randn(32, generator=draw))
+    grid = Grid(side, 5)
+    leg = Denoising(text, schedule(steps, 0.8), 3.5, Adapters(loras), reuse=reuse)
+    return Sample(str(seed), FluxPlan(grid, leg), draw_noise(grid, seed))
+
+
+def predict(model: FluxModel, *samples: Sample) -> Tensor:
+    with torch.inference_mode():
+        return torch.stack(list(model.predict(samples)))
+
+
+def hold(model: FluxModel, tmp_path: Path) -> list[str]:
+    """Two LoRAs of different ranks beside the model, for good; their names."""
+    names = []
+    for seed, rank in enumerate((4, 20)):
+        path = write_lora(model, tmp_path / f"lora-{seed}", seed, rank)
+        model.holding({path.name: model.read_lora(path)}).__enter__()
+        names.append(path.name)
+    return names
+
+
+def test_compiled_blocks_give_what_they_give_by_themselves_and_wait_for_no_graph(
+    compiled: FluxModel, plain: FluxModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model in (compiled, plain):
+        a, b = hold(model, tmp_path)
+    before = graphs()
+    batches = [
+        [sample(0)],
+        [sample(1, side=7), sample(2, side=7)],
+        [sample(3, loras=(LoraUse(a),))],
+        [sample(4, side=6), sample(5, side=6, loras=(LoraUse(b, 0.5),)), sample(6, side=6)],
+        [sample(seed, side=3, loras=(LoraUse(a), LoraUse(b, 2.0))[: seed - 6]) for seed in (7, 8, 9, 6)],
+    ]
+
+    def check() -> None:
+        for batch in batches:
+            torch.testing.assert_close(
+                predict(compiled, *batch), predict(plain, *batch), atol=TOLERANCE, rtol=TOLERANCE
+            )
+
+    with caplog.at_level(logging.WARNING, "pipelines.speed"):
+        check()
+        thread = Thread(target=check)  # the engine's is another than the one that warms
+        thread.start()
+        thread.join()
+    assert graphs() == before
+    assert not [each for each in caplog.records if each.name.startswith("pipelines")]
+
+
+def test_what_graphs_do_not_know_runs_as_it_is(compiled: FluxModel, plain: FluxModel, tmp_path: Path) -> None:
+    for model in (compiled, plain):
+        a, _ = hold(model, tmp_path)
+    layer = next(name for name in compiled.targets if name.endswith("transformer_blocks.0.attn.to_q"))
+    batch = [sample(0, loras=(LoraUse(a, 1.0, {layer: 0.25}),)), sample(1)]
+    before = graphs()
+    torch.testing.assert_close(predict(compiled, *batch), predict(plain, *batch), atol=0, rtol=0)
+    assert graphs() == before
+
+
+def test_a_graph_that_is_made_late_is_told_in_the_log(
+    flux_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cold = load(flux_folder, compile="regional", backend="eager")
+    with caplog.at_level(logging.WARNING, "pipelines.speed"):
+        predict(cold, sample(0))
+    assert "graphs that the warm-up did not make" in caplog.text
+
+
+def test_it_says_how_it_runs(compiled: FluxModel, plain: FluxModel) -> None:
+    assert compiled.effective["compiled"] == "blocks"
+    assert compiled.effective["attention"] in ("flash", "math")
+    assert plain.effective["compiled"] == "nothing"
+
+
+# acceleration
+
+
+def finished(model: FluxModel, *samples: Sample) -> list[Tensor]:
+    run_to_end(Engine(model.predict, 1 << 20), samples)
+    return [each.latents for each in samples]
+
+
+def psnr(ours: Tensor, expected: Tensor) -> float:
+    """Decibels, over the range of the expected."""
+    span = float(expected.max() - expected.min())
+    return float(10 * torch.log10(span**2 / (ours - expected).square().mean()))
+
+
+def test_reuse_at_threshold_zero_is_the_whole_forward_to_the_bit(plain: FluxModel) -> None:
+    whole, split = sample(0, steps=6), sample(0, steps=6, reuse=Reuse(0.0))
+    assert torch.equal(*finished(plain, whole), *finished(plain, split))
+    assert split.reused == frozenset()
+
+
+def test_reuse_skips_and_stays_near(plain: FluxModel) -> None:
+    whole, near, far = (sample(0, steps=12, reuse=Reuse(each)) for each in (0.0, 0.1, 0.5))
+    [expected], [ours], [coarse] = (finished(plain, each) for each in (whole, near, far))
+    assert 0 < len(near.reused) < len(far.reused) < 12
+    assert psnr(ours, expected) > 30
+    assert psnr(coarse, expected) > 15
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 9), st.sampled_from([None, 0.0, 0.05, 0.3, 2.0])), min_size=2, max_size=4
+    )
+)
+def test_a_row_that_reuses_is_the_same_alone_and_in_any_company(
+    plain: FluxModel, wishes: list[tuple[int, float | None]]
+) -> None:
+    def make() -> list[Sample]:
+        return [
+            sample(seed, steps=steps, reuse=None if threshold is None else Reuse(threshold))
+            for seed, (steps, threshold) in enumerate(wishes)
+        ]
+
+    alone, together = make(), make()
+    expected = [finished(plain, each)[0] for each in alone]
+    for ours, theirs in zip(finished(plain, *together), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert [each.reused for each in together] == [each.reused for each in alone]
+
+
+def test_rows_that_reuse_run_compiled_beside_others_with_loras(
+    compiled: FluxModel, plain: FluxModel, tmp_path: Path
+) -> None:
+    for model in (compiled, plain):
+        a, b = hold(model, tmp_path)
+
+    def batch() -> list[Sample]:
+        return [
+            sample(0, steps=5, reuse=Reuse(0.3), loras=(LoraUse(a),)),
+            sample(1, steps=5),
+            sample(2, steps=5, reuse=Reuse(2.0), loras=(LoraUse(b, 0.5),)),
+        ]
+
+    ours, theirs = batch(), batch()
+    for one, other in zip(finished(compiled, *ours), finished(plain, *theirs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert [each.reused for each in ours] == [each.reused for each in theirs]
+    assert len(ours[2].reused) == 4
+
+
+def test_a_step_that_runs_again_does_not_reuse_itself(plain: FluxModel) -> None:
+    one = sample(0, steps=4, reuse=Reuse(2.0))
+    first = predict(plain, one)
+    assert torch.equal(predict(plain, one), first)
+    assert one.reused == frozenset()
+
+
+@shows("fal-ai/flux/dev", "acceleration")
+@shows("fal-ai/flux-lora/image-to-image", "acceleration")
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_request_is_accelerated_only_where_the_operator_allows_it(flux_folder: Path, allowed: bool) -> None:
+    model = load(flux_folder, allow_lossy=allowed, high_threshold=1.0)
+    wish: dict[str, Any] = {"prompt": "a", "image_size": {"width": 64, "height": 64}, "seed": 1}
+    fast = Pipeline(model).prepare(Input.model_validate(wish | {"acceleration": "high"}), Assets(), 0)
+    usual = Pipeline(model).prepare(Input.model_validate(wish), Assets(), 0)
+    [ours], [expected] = finished(model, *fast.samples), finished(model, *usual.samples)
+    assert bool(fast.samples[0].reused) is allowed
+    assert torch.equal(ours, expected) is not allowed
+    assert usual.samples[0].reused == frozenset()
+
+    edit: dict[str, Any] = wish | {"image_url": "http://pictures/start.png", "strength": 1, "loras": []}
+    assets = Assets({("body", "image_url"): Image.new("RGB", (64, 64), "navy")})
+    remake = flux_lora_image_to_image.Pipeline(model)
+    request = EditInput.model_validate(edit | {"acceleration": "regular"})
+    [remade] = remake.prepare(request, assets, 0).samples
+    assert isinstance(remade.plan, FluxPlan)
+    assert remade.plan.row(0).reuse == (Reuse(0.08) if allowed else None)
