@@ -126,7 +126,7 @@ class Setup:
         return seconds(call, self.device, self.calls)
 
     def speed(self, **options: Any) -> SpeedSettings:
-        made = SpeedSettings(compile="regional", **options)
+        made = SpeedSettings.model_validate({"compile": "regional", **options})
         return made.model_copy(update={"backend": "eager"}) if self.tiny else made
 
     @contextmanager
@@ -548,7 +548,11 @@ def sd(setup: Setup, kind: Kind, name: str, aim_s: float | None, *, controlled: 
         endpoints=("any",),
         lora_rank=setup.ranks[0],
         batch_tokens=2**20,
-        speed=setup.speed(sizes=[PictureSize(width=px, height=px)], rows=setup.rows),
+        speed=setup.speed(
+            sizes=[PictureSize(width=px, height=px)],
+            rows=setup.rows,
+            compile="none" if setup.tiny else "regional",  # a UNet's many shapes take minutes to trace
+        ),
     )
     flops: dict[str, float] = {}
     with setup.trying(f"{name} in diffusers"):
