@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Wheels only, exact versions. torch comes first: elsewhere its index decides CPU or CUDA.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo serve test fuzz coverage faults check bench lock audit sbom clean
+.PHONY: demo serve test fuzz coverage faults check bench manifests lock audit sbom clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -50,15 +50,24 @@ check: .venv/.dev
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks
 
+# What the manifests in cluster/ take from serve_config.yaml and from the code.
+manifests: .venv/.worker
+	$(BIN)/darkroom manifests
+
 # What a server needs, every file by its hash: `pip install --require-hashes -r requirements.lock`, after a torch of
-# your choice. torch and what comes with it are not in it: its index decides CPU or CUDA.
+# your choice. torch and what comes with it are not in it: its index decides CPU or CUDA. The images' are in cluster/;
+# torch-cpu.lock is one file of PyTorch's own index, written by hand.
 OF_TORCH := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti \
 	cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+UNDER_TORCH := filelock fsspec jinja2 markupsafe mpmath networkx sympy typing-extensions
 
 lock: .venv/.tools
 	.venv/tools/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 		$(addprefix --no-emit-package ,$(OF_TORCH)) --extra worker --extra demo -c constraints.txt \
 		--output-file requirements.lock pyproject.toml
+	echo torch | .venv/tools/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 $(addprefix --no-emit-package ,$(UNDER_TORCH)) -c constraints.txt \
+		--output-file cluster/torch-cuda.lock -
 
 audit: .venv/.tools
 	.venv/tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock

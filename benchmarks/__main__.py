@@ -3,6 +3,7 @@
 from benchmarks import (
     adapters,
     bases,
+    batching,
     engine,
     measure,
     overhead,
@@ -12,6 +13,7 @@ from benchmarks import (
     scaling,
     stable_diffusion,
     webhooks,
+    zoo,
 )
 
 measure.header()
@@ -22,9 +24,11 @@ for benchmark in (
     protocol,
     routing,
     scaling,
+    batching,
     engine,
     adapters,
     bases,
     stable_diffusion,
+    zoo,
 ):
     benchmark.main()

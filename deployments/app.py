@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
+from ray.serve import metrics as serve_metrics
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments import logs
+from deployments import logs, metrics
 from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
@@ -59,23 +60,23 @@ def front(settings: FrontSettings) -> Application:
 
     Both get the catalogue of models as `user_config`, so that a new model restarts neither.
     """
-    digests = keys.parse(os.environ.get(settings.keys_env, ""))
+    actor_options = _actor_options(settings.node_labels, num_cpus=FRONT_CPUS)
     dispatcher = serve.deployment(
         _DispatcherReplica,
         name="dispatcher",
         num_replicas=1,
-        ray_actor_options={"num_cpus": FRONT_CPUS},
+        ray_actor_options=actor_options,
         health_check_period_s=HEALTH_CHECK_S,
     )
     gateway = serve.deployment(
         serve.ingress()(_GatewayReplica),
         name="gateway",
         num_replicas=settings.gateway_replicas,
-        ray_actor_options={"num_cpus": FRONT_CPUS},
+        ray_actor_options=actor_options,
         max_ongoing_requests=WATCHERS,
         health_check_period_s=HEALTH_CHECK_S,
     )
-    return gateway.bind(settings, digests, dispatcher.bind(settings))
+    return gateway.bind(settings, dispatcher.bind(settings))
 
 
 def model(settings: ModelSettings) -> Application:
@@ -87,7 +88,9 @@ def model(settings: ModelSettings) -> Application:
     worker = serve.deployment(
         _WorkerReplica,
         name=WORKER,
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        ray_actor_options=_actor_options(
+            settings.node_labels, num_cpus=settings.num_cpus, num_gpus=settings.num_gpus
+        ),
         autoscaling_config=_autoscaling(settings),
         max_ongoing_requests=settings.concurrency + SPARE_CALLS,
         graceful_shutdown_timeout_s=settings.drain_s,
@@ -102,7 +105,7 @@ def model(settings: ModelSettings) -> Application:
         _EntryReplica,
         name="entry",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=_actor_options(settings.entry_node_labels, num_cpus=0),
         max_ongoing_requests=WATCHERS,
         health_check_period_s=HEALTH_CHECK_S,
     )
@@ -135,13 +138,18 @@ def _autoscaling(settings: ModelSettings) -> AutoscalingConfig:
     )
 
 
+def _actor_options(node_labels: Mapping[str, str], **resources: float) -> dict[str, Any]:
+    """What Ray books for a replica, and where; without labels it says nothing of where."""
+    return {**resources, **({"label_selector": dict(node_labels)} if node_labels else {})}
+
+
 class _GatewayReplica:
-    def __init__(
-        self, settings: FrontSettings, digests: dict[str, str], dispatcher: DeploymentHandle
-    ) -> None:
+    def __init__(self, settings: FrontSettings, dispatcher: DeploymentHandle) -> None:
         _join_logs()
+        metrics.send_to(_RayMetrics())
         self._settings = settings
-        self._digests = digests
+        # here and not in `front`, which runs on any node: the secret is for the gateway's alone
+        self._digests = keys.parse(os.environ.get(settings.keys_env, ""))
         self._gateway: Gateway | None = None
         self._catalogue = Catalogue(models={})
 
@@ -190,6 +198,7 @@ class _GatewayReplica:
 class _DispatcherReplica:
     def __init__(self, settings: FrontSettings) -> None:
         _join_logs()
+        metrics.send_to(_RayMetrics())
         self._settings = settings
         self._dispatcher: Dispatcher | None = None
         self._sender: Sender | None = None
@@ -210,8 +219,10 @@ class _DispatcherReplica:
             raise RuntimeError("The dispatcher's loops have ended.")
         if self._sender is not None and not self._sender.is_alive:
             raise RuntimeError("The sender of webhooks has ended.")
-        if self._sweeper is not None and not self._sweeper.is_alive:
-            raise RuntimeError("The sweeper of files has ended.")
+        if self._sweeper is not None:
+            if not self._sweeper.is_alive:
+                raise RuntimeError("The sweeper of files has ended.")
+            self._sweeper.measure()
 
     async def __del__(self) -> None:
         if self._sweeper is not None:
@@ -234,10 +245,12 @@ class _EntryReplica:
 class _WorkerReplica:
     def __init__(self, settings: ModelSettings) -> None:
         _join_logs()
+        metrics.send_to(_RayMetrics())
         began = time.monotonic()
         from deployments.worker import Worker  # imports torch, which only a replica needs
 
-        self._worker = Worker(settings, open_files(settings.files_url))
+        name = serve.get_replica_context().app_name
+        self._worker = Worker(settings, open_files(settings.files_url), name)
         self._meter = Meter(time.monotonic() - began)
 
     async def generate(self, job: Job, needs: Sequence[str] = (), waiting: int = 0) -> AsyncGenerator[Update]:
@@ -262,6 +275,7 @@ class _WorkerReplica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router is told of this replica, see Worker.holdings."""
+        self._worker.measure()
         holds = {need: (held.tier, held.nbytes) for need, held in self._worker.holdings().items()}
         return {"seconds": self._meter.seconds, "holds": holds}
 
@@ -349,6 +363,32 @@ def _needs(job: Job) -> tuple[str, ...]:
 
 def _digests(request: EndpointInput) -> tuple[str, ...]:
     return tuple(asset.digest for asset in weights(request))
+
+
+class _RayMetrics:
+    """Metrics as Ray's, made when they are first told of."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, metric: metrics.Metric, value: float, labels: Mapping[str, str]) -> None:
+        if metric.name not in self._made:
+            self._made[metric.name] = self._make(metric)
+        ours, tags = self._made[metric.name], dict(labels)
+        if metric.kind == "counter":
+            ours.inc(value, tags)
+        elif metric.kind == "gauge":
+            ours.set(value, tags)
+        else:
+            ours.observe(value, tags)
+
+    @staticmethod
+    def _make(metric: metrics.Metric) -> Any:
+        if metric.kind == "counter":
+            return serve_metrics.Counter(metric.name, metric.description, metric.labels)
+        if metric.kind == "gauge":
+            return serve_metrics.Gauge(metric.name, metric.description, metric.labels)
+        return serve_metrics.Histogram(metric.name, metric.description, list(metric.buckets), metric.labels)
 
 
 @contextmanager

@@ -20,10 +20,18 @@ import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
-from deployments import queue, server
+from deployments import manifests, queue, server
 from deployments.connect import child
 from deployments.connect.authority import Authority, user_folder
 from deployments.connect.environment import variables
@@ -34,9 +42,10 @@ from deployments.gateway import keys
 from deployments.queue import Audit, KeyTable, Outbox, open_audit, open_keys, open_outbox
 from deployments.remote import Refused, Remote
 from deployments.webhooks.keyring import open_keyring
+from pipelines import zoo
 from schemas.access import Allowance
 from schemas.deliveries import DeliveryState
-from schemas.errors import Erased, StoreDown
+from schemas.errors import Erased, NoRoom, StoreDown
 from schemas.jobs import Priority
 from schemas.settings import FrontSettings
 
@@ -49,6 +58,9 @@ app.add_typer(webhooks, name="webhooks")
 
 key_table = typer.Typer(no_args_is_help=True, help="The keys in this machine's queue, for its operator.")
 app.add_typer(key_table, name="keys")
+
+embedded = typer.Typer(no_args_is_help=True, help="The embedded models.")
+app.add_typer(embedded, name="zoo")
 
 T = TypeVar("T")
 OpenT = TypeVar("OpenT", KeyTable, Audit)
@@ -72,6 +84,9 @@ def serve(
     config: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = CONFIG,
     host: Annotated[str | None, typer.Option(help="instead of the file's")] = None,
     port: Annotated[int | None, typer.Option(help="instead of the file's", min=1, max=65535)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="of all models, instead of the file's; cpu: in float32 and on no GPU")
+    ] = None,
     key: Annotated[
         list[str] | None,
         typer.Option(help=f"ID:SECRET; turns authentication on, as does {KEYS_ENV}"),
@@ -91,7 +106,7 @@ def serve(
     os.environ[KEYS_ENV] = " ".join([*os.environ.get(KEYS_ENV, "").split(), *(key or [])])
     with _explained():
         is_closed = bool(keys.parse(os.environ[KEYS_ENV])) or bool(_in_queue(config, open_keys, KeyTable.all))
-        settings = server.load_config(config, host, port)
+        settings = server.load_config(config, host, port, device)
         url = server.address(settings)
     if json_logs:
         settings["logging_config"] = {**(settings.get("logging_config") or {}), "encoding": "JSON"}
@@ -108,6 +123,7 @@ def serve(
             started = server.start(settings, verbose=verbose)
             _stop_on_signal(stopped)  # Ray has put its own handlers in place
             print(f"logs in {started.logs}\nray at {started.ray_address}", flush=True)
+            print(f"metrics at {started.metrics_url}", flush=True)
             server.wait_until_ready(url, stopped, lambda line: console.print(line, highlight=False))
             if front and not stopped.is_set():
                 print(f"TLS on port {tls_port}", flush=True)
@@ -117,6 +133,28 @@ def serve(
     finally:
         console.print("stopping")
         server.stop()
+
+
+@app.command()
+def plan(
+    config: Config = CONFIG,
+    gpu_gib: Annotated[
+        float | None, typer.Option(help="memory of a GPU; without it no verdict is given", min=0)
+    ] = None,
+) -> None:
+    """Tell what each model takes of a GPU, by its files and without loading them; needs no GPU itself."""
+    with _explained():
+        settings = server.model_settings(server.load_config(config, None, None))
+    from pipelines.placement import GIB, placed  # imports torch, which the other commands do not need
+    from pipelines.sources import locate
+
+    card_bytes = None if gpu_gib is None else int(gpu_gib * GIB)
+    found = [placed(each, locate, card_bytes) for each in settings]
+    for placement in found:
+        print("\n".join(placement.lines()))
+    with _explained():
+        for placement in found:
+            placement.check()
 
 
 @app.command()
@@ -313,6 +351,43 @@ def revoke_key(key_id: str, config: Config = CONFIG) -> None:
     console.print("was revoked before" if before.revoked_at is not None else "revoked")
 
 
+@app.command("manifests")
+def write_manifests(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False)] = Path("cluster"),
+    config: Config = CONFIG,
+) -> None:
+    """Write what the manifests in cluster/ take from the configuration and from this version of darkroom."""
+    with _explained():
+        for path, content in manifests.written(folder, config).items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content)
+            print(path)
+
+
+@embedded.command("build")
+def build_models(
+    only: Annotated[
+        list[str] | None, typer.Option(help="this model, and what it needs; all if not given")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    checkpoints: Annotated[Path | None, typer.Option(help="where a training goes on from")] = None,
+    into: Annotated[Path, typer.Option(help="where the models are put")] = zoo.WEIGHTS,
+) -> None:
+    """Train the embedded models anew: an hour or two on a CPU. What was interrupted goes on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _explained(), Progress(*columns, console=errors) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=done)
+
+        made = zoo.train(only or (), show, checkpoints=checkpoints, into=into, device=device)
+    for folder in made:
+        print(folder)
+
+
 @app.command("audit")
 def show_audit(
     tenant: Annotated[str | None, typer.Option(help="only what it did, or was done to it")] = None,
@@ -438,7 +513,8 @@ def _watch(remote: Remote, receipt: dict[str, Any]) -> None:
                     done, total = map(int, step.groups())
                     progress.update(bar, description=line["message"], completed=done, total=total)
                 else:
-                    progress.console.print(f"{line['level'].lower()}: {line['message']}", style="yellow")
+                    style = "dim" if line["level"] in ("DEBUG", "INFO") else "yellow"
+                    progress.console.print(f"{line['level'].lower()}: {line['message']}", style=style)
 
 
 def _save(remote: Remote, image: dict[str, Any], stem: Path) -> Path:
@@ -470,6 +546,7 @@ def _explained() -> Iterator[None]:
         Refused,
         Erased,
         StoreDown,
+        NoRoom,
         RuntimeError,
         ValueError,
         OSError,

@@ -14,17 +14,26 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
-from deployments import crash, logs
+from deployments import crash, endings, metrics
+from deployments.gauges import Gauges
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
-from schemas.errors import DarkroomError, NotReady, RunTimeout, StartTimeout, StoreDown, WorkerLost
+from schemas.errors import (
+    DarkroomError,
+    NotReady,
+    RunTimeout,
+    StartTimeout,
+    StoreClosed,
+    StoreDown,
+    WorkerLost,
+)
 from schemas.jobs import WORD_S, Claim, Job, JobResult, Update
 from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
@@ -83,6 +92,7 @@ class Dispatcher:
         self._runs: dict[str, Run] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._next_sweep = 0.0  # by the queue's clock
+        self._gauges = Gauges()
 
     async def configure(self, catalogue: Catalogue) -> None:
         """Serve this catalogue from now on. What runs goes on; what waits follows its endpoint.
@@ -106,6 +116,8 @@ class Dispatcher:
         """Stop, and give back what runs: another dispatcher takes it at once."""
         for loop in self._loops:
             loop.cancel()
+        if self._loops:
+            await asyncio.wait(self._loops)
         self._forget()
         for run in list(self._runs.values()):
             await self._stop(run)
@@ -117,8 +129,10 @@ class Dispatcher:
             await self._queue.changed(pause)
             try:
                 pause = await self._look()
+                metrics.STORE_UP.set(1)
             except Exception:
                 logger.exception("the queue could not be read")
+                metrics.STORE_UP.set(0)
                 pause = IDLE_S
 
     async def _look(self) -> float:
@@ -126,6 +140,7 @@ class Dispatcher:
         now = self._queue.now()
         if now >= self._next_sweep and await self._queue.leads("upkeep", self.owner):
             await self._queue.sweep()
+            await self._gauges.measure(self._queue, self._windows)
         waiting = await self._queue.waiting(self.owner, self._windows)
         self._next_sweep = min(now + IDLE_S, waiting.next_due or now + IDLE_S)
         for request_id in waiting.cancelled & self._runs.keys():
@@ -259,8 +274,9 @@ class Dispatcher:
     async def _follow(self, claim: Claim, waiting: int, hear: Callable[[Update], None]) -> None:
         """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
+        job = replace(claim.job, waited_s=claim.waited_s)
         is_timed = claim.start_deadline is not None
-        async with contextlib.aclosing(handle.generate(claim.job, waiting)) as updates:
+        async with contextlib.aclosing(handle.generate(job, waiting)) as updates:
             async for update in updates:
                 hear(update)
                 crash.point("dispatcher.heard")
@@ -289,7 +305,7 @@ class Dispatcher:
         with contextlib.suppress(StoreDown):
             record = await self._queue.get(job.request_id, job.tenant)
             if record is not None:
-                logs.report(record)
+                endings.tell(record)
 
     async def _renew(self) -> None:
         """Renew the leases; stop what was lost."""
@@ -316,6 +332,8 @@ async def _insist(write: Callable[[], Awaitable[bool]]) -> bool:
     while True:
         try:
             return await write()
+        except StoreClosed:
+            raise
         except StoreDown:
             await asyncio.sleep(IDLE_S)
 

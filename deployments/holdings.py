@@ -1,6 +1,7 @@
 """What a replica tells the router that it holds."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -31,20 +32,28 @@ class Holdings:
         while len(self._found) > MOST:
             self._found.popitem(last=False)
 
+    def tier(self, asset: Asset) -> Tier | None:
+        """Where a request's weights are now."""
+        found = self._found.get(asset.digest)
+        return self._tier(found[0], self._memory()) if found else None
+
     def told(self) -> dict[str, Holding]:
         """By the assets' digests, what is still here."""
-        memory = {Tier.DEVICE: self._keeper.on_device(), Tier.RAM: self._keeper.in_ram()}
-
-        def tier(path: Path) -> Tier | None:
-            words = {str(path), path.name}
-            held = next((tier for tier, names in memory.items() if words & names), None)
-            return held or (Tier.DISK if path.exists() else None)
-
+        memory = self._memory()
         return {
             digest: Holding(where, nbytes)
             for digest, (path, nbytes) in self._found.items()
-            if (where := tier(path))
+            if (where := self._tier(path, memory))
         }
+
+    def _memory(self) -> dict[Tier, set[str]]:
+        return {Tier.DEVICE: self._keeper.on_device(), Tier.RAM: self._keeper.in_ram()}
+
+    @staticmethod
+    def _tier(path: Path, memory: Mapping[Tier, set[str]]) -> Tier | None:
+        words = {str(path), path.name}
+        held = next((tier for tier, names in memory.items() if words & names), None)
+        return held or (Tier.DISK if path.exists() else None)
 
 
 def _nbytes(path: Path) -> int:

@@ -13,8 +13,6 @@ from typing import Any
 
 from schemas.jobs import JobResult, Record
 
-logger = logging.getLogger(__name__)
-
 MAX_CHARS = 4_000  # of a message
 MAX_TRACE_CHARS = 20_000
 _READ_CHARS = 200_000  # what is looked through; a secret is hidden before anything is cut at a place of ours
@@ -77,13 +75,6 @@ def outcome(record: Record, result: JobResult) -> dict[str, Any]:
         "run_s": _seconds(started, finished),
         "attempts": record.attempts,
     }
-
-
-def report(record: Record) -> None:
-    """The one line of a request that has ended; none before."""
-    if record.result is not None:
-        told = outcome(record, record.result)
-        logger.info("request ended: %s", words(told), extra={"fields": told})
 
 
 def words(fields: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ from schemas.settings import Catalogue, FrontSettings, ModelSettings, Settings
 READY_TIMEOUT_S = 600.0
 POLL_S = 0.2
 
+MODEL = "deployments.app:model"  # the builder of a model's application
+
 HEAD_S = 30  # how long a connection may take to send a request's headers
 
 # Set before Ray is imported, unless the operator has said otherwise.
@@ -45,6 +47,11 @@ DEFAULT_ENVIRONMENT = {
     "FORWARDED_ALLOW_IPS": "",
 }
 
+# The same for nodes that KubeRay starts, where nobody calls `darkroom serve`.
+CLUSTER_ENVIRONMENT = DEFAULT_ENVIRONMENT | {
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "30",  # until balancers have noticed
+}
+
 REPLICA_PORTS = 100  # HAProxy talks straight to the replicas, a port each
 INNER_PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
@@ -54,24 +61,65 @@ INNER_PORTS = (
 )
 
 
-def load_config(path: Path, host: str | None, port: int | None) -> dict[str, Any]:
-    """The configuration, with the address replaced where one is given.
+def load_config(path: Path, host: str | None, port: int | None, device: str | None = None) -> dict[str, Any]:
+    """The configuration, with the address and the models' device replaced where they are given.
 
     Raises ValueError for what could not be deployed: better now than when Ray has started.
     """
+    config = read_config(path)
+    given = {"host": host, "port": port}
+    config["http_options"] = (config.get("http_options") or {}) | {
+        name: value for name, value in given.items() if value is not None
+    }
+    if device is not None:
+        _put_on(device, config["applications"])
+    check_config(config)
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration as it stands in a file, its settings unchecked. Raises ValueError."""
     try:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("applications"), list):
         raise ValueError(f"{path} must be a mapping with a list of applications")
-    given = {"host": host, "port": port}
-    config["http_options"] = (config.get("http_options") or {}) | {
-        name: value for name, value in given.items() if value is not None
-    }
+    return config
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError for settings that an application would refuse, and for routes that lead nowhere."""
     for application in config["applications"]:
         _check(application)
-    return config
+    _check_routes(config["applications"])
+
+
+def _check_routes(applications: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError for an endpoint that leads to an application here which does not serve it.
+
+    One that is not here may be deployed on its own.
+    """
+    served = {
+        each.get("name"): (each.get("args") or {}).get("endpoints") or ()
+        for each in applications
+        if each.get("import_path") == MODEL
+    }
+    for application in applications:
+        for deployment in application.get("deployments") or []:
+            catalogue = Catalogue.model_validate(deployment.get("user_config") or {"models": {}})
+            for endpoint_id, name in catalogue.routes().items():
+                if name in served and endpoint_id not in served[name]:
+                    place = f"user_config of {deployment.get('name')}"
+                    raise ValueError(f"{place}: {endpoint_id} leads to {name}, which does not serve it")
+
+
+def _put_on(device: str, applications: Iterable[dict[str, Any]]) -> None:
+    """All models on another device than their own; a CPU is no GPU and computes in float32."""
+    change = {"device": device} | ({"num_gpus": 0, "dtype": "float32"} if device == "cpu" else {})
+    for application in applications:
+        if application.get("import_path") == MODEL:
+            application["args"] = (application.get("args") or {}) | change
 
 
 def _check(application: dict[str, Any]) -> None:
@@ -114,6 +162,12 @@ def front_settings(config: dict[str, Any]) -> FrontSettings:
     raise ValueError("the configuration has no application deployments.app:front")
 
 
+def model_settings(config: dict[str, Any]) -> list[ModelSettings]:
+    """The settings of the models in a configuration that has been checked."""
+    models = (each for each in config["applications"] if each.get("import_path") == MODEL)
+    return [ModelSettings.model_validate(each.get("args") or {}) for each in models]
+
+
 def address(config: dict[str, Any]) -> str:
     """Where a client on this machine reaches the server."""
     options = config["http_options"]
@@ -127,6 +181,7 @@ class Started:
 
     logs: Path
     ray_address: str  # for Python callers
+    metrics_url: str  # for Prometheus
 
 
 def start(config: dict[str, Any], *, verbose: bool) -> Started:
@@ -151,7 +206,8 @@ def start(config: dict[str, Any], *, verbose: bool) -> Started:
     client = serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
     client.deploy_apps(schema)
     info = context.address_info
-    return Started(Path(info["session_dir"]) / "logs" / "serve", info["gcs_address"])
+    metrics_url = f"http://{info['node_ip_address']}:{info['metrics_export_port']}/metrics"
+    return Started(Path(info["session_dir"]) / "logs" / "serve", info["gcs_address"], metrics_url)
 
 
 def wait_until_ready(url: str, stopped: threading.Event, report: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,23 @@ import torch
 from PIL.Image import Image as Picture
 from pydantic import BaseModel, ValidationError
 
-from deployments.affinity import Holding
+from deployments import metrics
+from deployments.affinity import Holding, Tier
 from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
 from deployments.files.weights import Weights
 from deployments.holdings import Holdings
 from deployments.pictures.decoders import Decoders
 from deployments.progress import Progress
-from pipelines import images, registry, zoo
+from deployments.slots import Slots
+from pipelines import images, pacing, registry, sources
 from pipelines.base import AnyPipeline, Assets, Generation, Model, Outcome
 from pipelines.decoding import Decoding
 from pipelines.engine.engine import Engine
 from pipelines.engine.memory import with_room
+from pipelines.engine.pace import Pace
 from pipelines.exit import Encoded, Exit, Finished
+from pipelines.placement import placed
 from pipelines.safety import SafetyChecker
 from schemas.assets import Asset, AssetKind, assets, weights
 from schemas.errors import (
@@ -67,17 +71,21 @@ _Fetched = Picture | Path | bytes | AssetError
 class Worker:
     """One replica: a model, its endpoints' pipelines, an engine."""
 
-    def __init__(self, settings: ModelSettings, files: FileStore) -> None:
+    def __init__(self, settings: ModelSettings, files: FileStore, name: str = "") -> None:
+        """`name`: the model's application, for the metrics."""
         torch.set_num_threads(settings.cpu_threads or os.cpu_count() or 1)
         _bound_gpu_memory(settings)
+        _check_room(settings)
         self._settings = settings
+        self._name = name
         self._files = files
         self._fetcher = Fetcher(files, settings.fetch)
-        self._weights = Weights(self._fetcher, settings, _source)
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._weights = Weights(self._fetcher, settings, sources.locate)
+        self._slots = Slots(settings.concurrency)
         self._prefetching = asyncio.Semaphore(PREFETCHES)
         self._prefetches: set[asyncio.Task[None]] = set()
         self._pipelines, model = _load(settings)
+        self._manner = f"in {model.precision or settings.dtype}, by {model.attention} attention"
         self._holdings = Holdings(model)
         self._exit = Exit(_load_safety_checker(settings), settings.safety)
         self._decodings = Decoding()
@@ -86,8 +94,10 @@ class Worker:
         self._loading = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="load")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._engine = Engine(model.predict, settings.batch_tokens)
+        self._engine = Engine(model.predict, settings.batch_tokens, _pace(settings, self._pipelines, model))
         self._engine.start()
+        if settings.device.startswith("cuda"):
+            logger.info("at most %.2f GiB were in use so far", torch.cuda.max_memory_allocated() / 2**30)
 
     def check_health(self) -> None:
         """Raise when the replica must be replaced."""
@@ -105,6 +115,17 @@ class Worker:
         """The weights that requests have named, by their assets' digests, and where they are here."""
         return self._holdings.told()
 
+    def measure(self) -> None:
+        """Tell the metrics what is held."""
+        held = dict.fromkeys(Tier, 0)
+        for holding in self._holdings.told().values():
+            held[holding.tier] += holding.nbytes
+        for tier, nbytes in held.items():
+            metrics.HELD.set(nbytes, model=self._name, tier=tier)
+        if self._settings.device.startswith("cuda"):
+            for kind, nbytes in _gpu_memory(self._settings).items():
+                metrics.GPU_MEMORY.set(nbytes, model=self._name, kind=kind)
+
     async def run(self, endpoint_id: str, request: EndpointInput) -> BaseModel:
         """A direct call, past the queue: the endpoint's typed Input in, its typed Output out.
 
@@ -113,7 +134,7 @@ class Worker:
         job = Job(
             request_id=f"direct-{secrets.token_hex(8)}",
             endpoint_id=endpoint_id,
-            model=self._settings.model,
+            model=self._name,
             input=request.model_dump(mode="json"),
         )
         result = JobResult.failure(InternalError("The run ended without a result."))
@@ -172,12 +193,14 @@ class Worker:
                 lease.release()
 
     async def _perform(self, job: Job, outbox: "_Outbox") -> JobResult:
+        came = time.monotonic()
         try:
-            async with self._slots:
+            async with self._slots.held(job.priority):
+                queue_s = job.waited_s + time.monotonic() - came
                 outbox.has_begun = True
                 if job.start_timeout_s is not None:
                     outbox.filled.set()  # somebody waits to hear that
-                return await self._answer(job, outbox.add)
+                return await self._answer(job, queue_s, outbox.add)
         except ServerError as error:
             logger.warning("request %s failed: %s", job.request_id, error.message)
             return JobResult.failure(error)
@@ -188,19 +211,21 @@ class Worker:
             message = f"The model failed. The server's log says why, under {job.request_id}."
             return JobResult.failure(InternalError(message))
 
-    async def _answer(self, job: Job, emit: Callable[[JobEvent], None]) -> JobResult:
+    async def _answer(self, job: Job, queue_s: float, emit: Callable[[JobEvent], None]) -> JobResult:
         pipeline, request = self._read(job)
+        self._count_lookups(request)
         watch = _Stopwatch()
         async with AsyncExitStack() as stack:
             fetched = await self._fetch(job, request, stack, emit)
             watch.lap("fetch")
             stack.enter_context(await self._hold(pipeline, request, fetched))
-            watch.lap("load")
+            watch.lap("adapters")
             generation = await self._prepare(pipeline, request, fetched)
             with generation.resources:
                 for note in generation.notes:
                     emit(Logged(note, "WARN"))
                 watch.lap("encode")
+                emit(Logged(self._manner))
                 await self._denoise(job, pipeline, request, generation, emit)
                 watch.lap("denoise")
             # what is held stays: the decoder may be part of it
@@ -211,11 +236,16 @@ class Worker:
         watch.lap("upload")
         if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
-        timings = watch.timings() | _pace(generation, watch)
-        logger.debug("request %s in %s: %s", job.request_id, self._settings.dtype, timings)
+        timings = {"queue": round(queue_s, 4)} | watch.timings() | _speed(generation, watch)
+        _measure(self._name, timings)
+        logger.debug("request %s %s: %s", job.request_id, self._manner, timings)
         outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
         output = pipeline.answer(request, outcome)
         return JobResult.success(output.model_dump(mode="json"), timings["inference"])
+
+    def _count_lookups(self, request: EndpointInput) -> None:
+        for asset in dict.fromkeys(weights(request)):
+            metrics.LOOKUPS.add(model=self._name, tier=self._holdings.tier(asset) or "none")
 
     def _read(self, job: Job) -> tuple[AnyPipeline, EndpointInput]:
         """The pipeline that runs a job, and its typed input. Raises NotFound, InputError, ValidationError."""
@@ -288,7 +318,7 @@ class Worker:
         ahead = [sample for sample in generation.samples if not sample.is_done]
         progress = Progress(ahead, asyncio.get_running_loop())
         for sample in ahead:
-            self._engine.add(sample, progress)
+            self._engine.add(sample, progress, job.priority)
         previewed_at = 0.0
         try:
             async for step in progress.steps():
@@ -432,19 +462,30 @@ class _Stopwatch:
         return {"inference": round(self._last - self._start, 4), **self._laps}
 
 
-def _pace(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
+def _speed(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
     """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps.
 
-    Where `acceleration` skipped most of some steps, also how many a picture in the mean.
+    Where most of some steps was skipped, also of how many a picture in the mean.
     """
     steps = [sample.step for sample in generation.samples]
     if not any(steps):
         return {}
     rows = sum(sample.company for sample in generation.samples) / sum(steps)
-    pace = max(steps) / max(watch.seconds("denoise"), 1e-4)
+    speed = max(steps) / max(watch.seconds("denoise"), 1e-4)
     reused = sum(len(sample.reused) for sample in generation.samples)
     skipped = {"steps_skipped": round(reused / len(steps), 2)} if reused else {}
-    return {"steps_per_second": round(pace, 2), "rows": round(rows, 2), **skipped}
+    return {"steps_per_second": round(speed, 2), "rows": round(rows, 2), **skipped}
+
+
+def _measure(model: str, timings: Mapping[str, float]) -> None:
+    """Tell the metrics of a request that went well."""
+    for name, value in timings.items():
+        if name == "steps_per_second":
+            metrics.PACE.observe(value, model=model)
+        elif name == "rows":
+            metrics.COMPANY.observe(value, model=model)
+        elif name not in ("queue", "inference", "steps_skipped"):  # which are no stages
+            metrics.STAGE.observe(value, model=model, stage=name)
 
 
 def _inline(encoded: Encoded) -> PictureFile:
@@ -460,16 +501,35 @@ def _inline(encoded: Encoded) -> PictureFile:
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        pass
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 def _bound_gpu_memory(settings: ModelSettings) -> None:
     """Ray's fraction is only bookkeeping; this makes torch keep to it."""
     if settings.device.startswith("cuda") and 0 < settings.num_gpus < 1:
         torch.cuda.set_per_process_memory_fraction(settings.num_gpus)
+
+
+def _gpu_memory(settings: ModelSettings) -> dict[str, int]:
+    """In bytes; `limit` is what the replica may have."""
+    _, total = torch.cuda.mem_get_info(settings.device)
+    return {
+        "allocated": torch.cuda.memory_allocated(settings.device),
+        "reserved": torch.cuda.memory_reserved(settings.device),
+        "limit": int(total * min(settings.num_gpus or 1.0, 1.0)),
+    }
+
+
+def _check_room(settings: ModelSettings) -> None:
+    """Log what the model will take. Raises NoRoom where that is more than it has."""
+    card = None
+    if settings.device.startswith("cuda"):
+        card = torch.cuda.get_device_properties(settings.device).total_memory
+    placement = placed(settings, sources.locate, card)
+    logger.info("%s", "\n".join(placement.lines()))
+    placement.check()
 
 
 def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
@@ -480,22 +540,29 @@ def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
     if len(families) != 1:
         raise ValueError(f"one model cannot serve several families: {sorted(families)}")
     started = time.monotonic()
-    model = next(iter(kinds.values())).model_type.load(settings, _source)
+    model = next(iter(kinds.values())).model_type.load(settings, sources.locate)
     logger.info("loaded %s in %.1f s", settings.model, time.monotonic() - started)
     model.warm()
     logger.info("%s runs with %s", settings.model, dict(model.effective))
     return {endpoint_id: kind(model) for endpoint_id, kind in kinds.items()}, model
 
 
+def _pace(settings: ModelSettings, pipelines: Mapping[str, AnyPipeline], model: Model) -> Pace:
+    """How many rows gain: as the settings say, or as this device shows."""
+    if settings.batch_rows is not None or settings.device == "cpu":
+        return Pace(rows=settings.batch_rows)
+    endpoint_id, pipeline = next(iter(pipelines.items()))
+    started = time.monotonic()
+    with pacing.probes(pipeline, registry.endpoint(endpoint_id).schema(), settings) as samples:
+        pace = pacing.measured(model.predict, samples, settings.batch_tokens)
+    for curve in pace.curves:
+        took = ", ".join(f"{rows}: {seconds * 1000:.1f} ms" for rows, seconds in curve.seconds.items())
+        logger.info("rows of %d image tokens: %s; %d gain", curve.cost, took, curve.rows)
+    logger.info("measured the pace of %s in %.1f s", settings.model, time.monotonic() - started)
+    return pace
+
+
 def _load_safety_checker(settings: ModelSettings) -> SafetyChecker | None:
     if settings.safety_checker is None:
         return None
-    return SafetyChecker.load(_source(settings.safety_checker), settings.device)
-
-
-def _source(name: str) -> Path | str:
-    """`zoo:NAME` → its folder, built when absent; a folder or file → itself; anything else is a Hub id."""
-    if name.startswith("zoo:"):
-        return zoo.locate(name.removeprefix("zoo:"))
-    path = Path(name).expanduser()
-    return path if path.exists() else name
+    return SafetyChecker.load(sources.locate(settings.safety_checker), settings.device)

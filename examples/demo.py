@@ -167,6 +167,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def addresses(url: str) -> str:
     return (
         f"server        {url}\n"
+        f"playground    {url}/playground\n"
         f"run, queue    {url}/run, {url}/queue\n"
         f"JavaScript    fal.config({{ proxyUrl: {{ url: '{url}/api/fal/proxy', when: 'always' }} }})"
     )

@@ -30,6 +30,9 @@ ModelT = TypeVar("ModelT", bound="Model")
 class Model(ABC):
     """A family's resident weights."""
 
+    attention = "sdpa"  # what computes it in a step: PyTorch's own, unless a family says otherwise
+    precision: str | None = None  # in which numbers it computes, where not in the settings' dtype
+
     @classmethod
     @abstractmethod
     def load(cls, settings: ModelSettings, locate: Callable[[str], Path | str]) -> Self:
@@ -105,7 +108,7 @@ class Outcome:
     pictures: tuple[PictureFile, ...]
     seed: int
     flags: tuple[bool, ...]  # marks pictures found unsafe
-    timings: Mapping[str, float]  # seconds by stage, `steps_per_second`, `rows`
+    timings: Mapping[str, float]  # seconds by stage and in the queue, `steps_per_second`, `rows`
     traces: Mapping[str, File] = field(default_factory=dict)  # tars of what `Pipeline.traces` names
 
     @property

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, GetJsonSchemaHandler
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from schemas.errors import Location
+
+KEYWORD = "x-darkroom-asset"  # in a field's JSON schema: what its text names, so that forms can take a file
 
 
 class AssetKind(Enum):
@@ -50,6 +54,11 @@ class Names:
         """The file that `source` names in the object `beside`."""
         more = (getattr(beside, name) if name else None for name in (self.variant, self.folder, self.file))
         return Asset(self.kind, source, *more)
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {**handler(core_schema), KEYWORD: self.kind.value}
 
 
 @dataclass(frozen=True, slots=True)

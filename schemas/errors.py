@@ -30,6 +30,7 @@
         │   └── NotFinite       500, the model's numbers make no picture
         ├── WorkerLost          503, the process that ran it died
         ├── NotReady            503, nothing can serve it at this moment
+        ├── NoRoom              503, a model does not fit into its share of the GPU and does not start
         ├── StartTimeout        504, the caller's own start deadline passed
         └── RunTimeout          504, it ran for longer than the operator allows
 
@@ -318,6 +319,10 @@ class StoreDown(ServerError):
     retryable = True
 
 
+class StoreClosed(StoreDown):
+    """This process has closed the queue: it is of no use to try again here."""
+
+
 class StoreFull(StoreDown):
     """The disk has no room for what was sent; nothing of it was kept."""
 
@@ -342,6 +347,13 @@ class NotReady(ServerError):
     status = 503
     error_type = "runner_scheduling_failure"
     retryable = True
+
+
+class NoRoom(ServerError):
+    """A model does not fit into its share of the device: it refuses to start."""
+
+    status = 503
+    error_type = "runner_scheduling_failure"
 
 
 class RunTimeout(ServerError):

@@ -40,6 +40,7 @@ class Job:
     stores_io: bool = True  # whether its input and output stay after the result was due to be fetched
     tags: tuple[str, ...] = ()  # the caller's own words for it
     keep_s: int | None = None  # how long the output's files are kept; None: for good
+    waited_s: float = 0.0  # from its acceptance until it was handed to a worker; the queue keeps it nowhere
 
 
 LogLevel = Literal["DEBUG", "INFO", "WARN", "ERROR"]
@@ -132,6 +133,7 @@ class Claim:
     fence: int
     attempt: int  # 1 for the first
     start_deadline: float | None = None  # a worker must have begun by then, seconds since the epoch
+    waited_s: float = 0.0  # since the job was accepted
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,8 @@ class FrontSettings(Settings):
     queue_url: str = Field(
         "sqlite:///~/.local/share/darkroom/queue.sqlite3",
         description="the durable queue: SQLite, on a local disk of one node, or PostgreSQL, as "
-        "postgresql://USER@HOST/DATABASE; its password may come from PGPASSWORD or PGPASSFILE",
+        "postgresql://USER@HOST/DATABASE; its password may come from PGPASSWORD or PGPASSFILE, and with "
+        "postgresql:/// all the rest from PGHOST, PGUSER and their like",
     )
     files_url: str = Field("file://~/.local/share/darkroom/files", description="where pictures are kept")
     public_url: str | None = Field(
@@ -180,6 +181,9 @@ class FrontSettings(Settings):
     lease: LeaseSettings = LeaseSettings()
     webhooks: WebhookSettings = WebhookSettings()
     gateway_replicas: int = Field(1, ge=1)
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray labels of the nodes that it may run on; none: any node"
+    )
 
 
 class ModelEntry(Settings):
@@ -198,6 +202,8 @@ class ModelEntry(Settings):
     prefetch: int = Field(
         16, ge=0, description="requests behind a full window whose weights are fetched meanwhile; 0: none"
     )
+    licence: str | None = Field(None, max_length=100, description="of the weights, as callers are told")
+    hardware: str | None = Field(None, max_length=100, description="what it runs on, as callers are told")
 
 
 class Catalogue(Settings):
@@ -367,6 +373,12 @@ class ModelSettings(Settings):
     batch_tokens: int = Field(
         16_384, gt=0, description="image tokens that one forward may hold; 1024 × 1024 has 4096"
     )
+    batch_rows: int | None = Field(
+        None,
+        ge=1,
+        description="pictures of one shape in a forward, if they fit; null: as many as gain, which a replica "
+        "on a GPU measures when it starts, for some seconds; on a CPU as many as fit",
+    )
     lora_rank: int = Field(128, ge=0, description="total rank of the LoRAs resident beside the model")
     adapter_bytes: int = Field(
         12 * 2**30,
@@ -419,6 +431,13 @@ class ModelSettings(Settings):
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     concurrency: int = Field(8, ge=1, description="requests that one replica runs at once")
     drain_s: float = Field(120, gt=0, description="longest wait for running images at a shutdown")
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray labels of the nodes that replicas may run on; none: any node"
+    )
+    entry_node_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="the same for the entry, which always runs: on a node with a GPU it would keep that up",
+    )
 
     @model_validator(mode="after")
     def _fp8_beside_bfloat16(self) -> "ModelSettings":

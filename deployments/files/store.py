@@ -137,6 +137,12 @@ class FileStore:
         with told():
             return await self.place.redirect(key, facts.left_s)
 
+    async def leads_to(self) -> str | None:
+        """A URL of the host that redirects lead to, if there are any."""
+        with told():
+            place = await self.place.redirect("picture", None)
+        return place.url if place is not None else None
+
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes from `start` to before `end` of a file that has been opened."""
         with told():

@@ -11,7 +11,7 @@ import re
 
 import obstore
 
-from deployments import crash
+from deployments import crash, metrics
 from deployments.files.store import FileStore, sent_name
 from deployments.files.uploads import SLACK_S, TICKET_S
 
@@ -41,6 +41,12 @@ class Sweeper:
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.wait([self._loop])
+
+    def measure(self) -> None:
+        """Tell the metrics how much is free. To be done often: Ray forgets a gauge that is not set again."""
+        free_bytes = self._files.place.free_bytes()
+        if free_bytes is not None:
+            metrics.DISK_FREE.set(free_bytes)
 
     async def sweep(self) -> int:
         """Remove what is due now. Returns how many files' time was over."""

@@ -9,8 +9,8 @@ other way are brought to that form, in this order:
 4. a bare path: the queue if it names a request or carries what only submits carry, else a run.
 
 fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`. What fal's platform tells of
-its models, here `/v1/…` and `/openapi/…`, has no prefix. The keys that webhooks are verified by are at
-`/.well-known/jwks.json`, whatever the host is called.
+its models, here `/v1/…` and `/openapi/…`, has no prefix, nor have the pages of the playground. The keys that
+webhooks are verified by are at `/.well-known/jwks.json`, whatever the host is called.
 """
 
 import re
@@ -23,7 +23,8 @@ from schemas.errors import BadRequest, NotFound, RequestNotFound, TargetRefused
 
 PROXY_PATH = "/api/fal/proxy"
 TARGET_HEADER = "x-fal-target-url"
-OWN_PATHS = ("/", "/health", "/ready")
+OWN_PATHS = ("/", "/health", "/ready", "/playground")
+PAGES = "/playground/"
 FILES = "/files/"
 BARE_JWKS = "/.well-known/jwks.json"  # whatever the host is called
 JWKS = f"/rest{BARE_JWKS}"
@@ -68,7 +69,7 @@ def _prefixed(path: str, query: str, headers: Mapping[str, str]) -> Address:
         return _proxied(headers)
     if path == BARE_JWKS:
         return Address(JWKS, query)
-    if path in OWN_PATHS or path.startswith((FILES, *PLATFORM)) or _prefix(path) in SERVICES:
+    if path in OWN_PATHS or path.startswith((FILES, PAGES, *PLATFORM)) or _prefix(path) in SERVICES:
         return Address(path, query)
     service = _service_of_host(headers.get("host", "")) or _service_of_bare(path, query, headers)
     return Address(f"/{service}{path}", query)

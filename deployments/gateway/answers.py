@@ -9,7 +9,18 @@ from starlette.responses import Response
 
 from deployments.gateway.addresses import application
 from schemas.errors import BadRequest, DarkroomError, NotFound, StartTimeout, TooManyRuns
-from schemas.jobs import CancelOutcome, Event, Job, JobResult, Logged, Priority, Receipt, Record, State
+from schemas.jobs import (
+    CancelOutcome,
+    Event,
+    Job,
+    JobResult,
+    Logged,
+    Previewed,
+    Priority,
+    Receipt,
+    Record,
+    State,
+)
 
 REQUEST_ID = "x-fal-request-id"
 REPLAYED = "idempotent-replayed"  # as Stripe calls it
@@ -138,6 +149,12 @@ def status(record: Record, logs: Sequence[Event] | None, base_url: str) -> dict[
             body["error"] = record.result.error
             body["error_type"] = record.result.error_type
     return body
+
+
+def preview(events: Sequence[Event]) -> dict[str, Any]:
+    """What a status document says beside, if there is a new preview."""
+    outputs = [each.event.output for each in events if isinstance(each.event, Previewed)]
+    return {"preview": outputs[-1]} if outputs else {}
 
 
 def status_code(record: Record) -> int:

@@ -8,6 +8,16 @@ from pathlib import Path
 from pipelines.registry import Endpoint
 from schemas.assets import takes_image
 
+# How people write what an id has in small letters.
+_SPELLED = {
+    "controlnet": "ControlNet",
+    "flux": "FLUX",
+    "lora": "LoRA",
+    "rf": "RF",
+    "sdxl": "SDXL",
+    "to": "to",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
@@ -29,7 +39,7 @@ def describe(endpoint: Endpoint) -> Description:
     changed = Path(schema.__file__ or "").stat().st_mtime
     return Description(
         endpoint.id,
-        endpoint.stem.replace("_", " ").title(),
+        " ".join(_SPELLED.get(word, word.capitalize()) for word in endpoint.stem.split("_")),
         "image-to-image" if takes_image(endpoint.input_type()) else "text-to-image",
         sentence[:1].upper() + sentence[1:],
         datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from deployments import metrics
 from deployments.files.guard import Guard
 from deployments.files.store import FileStore
 from deployments.files.uploads import Uploads
@@ -34,7 +35,7 @@ from schemas.jobs import (
     Record,
     Snapshot,
 )
-from schemas.settings import Catalogue, FrontSettings
+from schemas.settings import Catalogue, FrontSettings, ModelEntry
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,13 @@ class Gateway:
         self._queue = queue
         self._receivers = Guard(settings.webhooks)
         self._routes: Mapping[str, str] = {}
+        self._models: Mapping[str, ModelEntry] = {}
 
     def configure(self, catalogue: Catalogue) -> None:
         """Serve this catalogue from now on. Raises KeyError for an endpoint that does not exist."""
         for endpoint_id in catalogue.routes():
             registry.endpoint(endpoint_id)
-        self._routes = catalogue.routes()
+        self._routes, self._models = catalogue.routes(), catalogue.models
 
     @property
     def is_alive(self) -> bool:
@@ -103,6 +105,10 @@ class Gateway:
     def endpoints(self) -> Mapping[str, str]:
         """Endpoint id → the model that serves it."""
         return self._routes
+
+    def entry(self, endpoint_id: str) -> ModelEntry:
+        """What the catalogue says of the model that serves an endpoint. Raises KeyError."""
+        return self._models[self._routes[endpoint_id]]
 
     async def run(self, endpoint_id: str, request: EndpointInput | Mapping[str, Any]) -> Any:
         """For Python callers: the endpoint's Input, or its fields, in; its typed Output out.
@@ -162,7 +168,9 @@ class Gateway:
         receipt = await self._queue.submit(
             job, notes, wishes.max_queue_length, once, caller.actor, waits=wishes.waits
         )
-        if receipt.replayed:
+        if not receipt.replayed:
+            metrics.ACCEPTED.add(model=model, priority=job.priority.name.lower())
+        else:
             first = await self._queue.get(receipt.request_id, caller.tenant)
             job = first.job if first is not None else job
         logger.info("%s %s for %s", "found" if receipt.replayed else "accepted", job.request_id, endpoint_id)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
@@ -18,6 +18,7 @@ from deployments.gateway import (
     middleware,
     models,
     openai,
+    pages,
     realtime,
     sse,
     tokens,
@@ -51,6 +52,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
         Route("/", http.about),
         Route("/health", http.health),
         Route("/ready", http.ready),
+        *pages.routes(gateway),
         *downloads.routes(gateway.files),
         *uploads.routes(gateway, keys),
         *models.routes(gateway),
@@ -88,6 +90,8 @@ class _Http:
         self._jwks = jwks
 
     async def about(self, request: Request) -> Response:
+        if pages.is_visit(request.scope):
+            return RedirectResponse(pages.PATH, 307, {"vary": "accept, authorization"})
         return answers.Json({"name": "darkroom", "endpoints": sorted(self._gateway.endpoints)})
 
     async def health(self, request: Request) -> Response:
@@ -123,25 +127,30 @@ class _Http:
     async def _enqueue(self, request: Request, endpoint_id: str) -> Response:
         fields = await self._fields(request)
         call = attendance.call("queue", request, endpoint_id, fields)
-        accepted = self._attendance.returning(call) or await self._submit(request, endpoint_id, fields)
+        accepted = self._attendance.returning(call)
+        accepted = accepted or await self._submit(
+            request, endpoint_id, fields, previews=wishes.wants_previews(request)
+        )
         if await request.is_disconnected():
             self._attendance.missed(call, accepted, cancels=False)
         return answers.receipt(accepted.job, accepted.receipt, accepted.ignored)
 
     async def _status(self, request: Request, caller: Caller, record: Record) -> Response:
         request_id = record.job.request_id
-        logs = await self._gateway.logs(request_id) if _wants_logs(request) else None
+        logs = await self._gateway.logs(request_id) if _wants(request, "logs") else None
         status = answers.status(record, logs, caller.base_url)
         return answers.Json(status, answers.status_code(record), {answers.REQUEST_ID: request_id})
 
     async def _status_stream(self, request: Request, caller: Caller, record: Record) -> Response:
-        """A status document per change; its logs are those since the one before."""
+        """A status document per change; its logs are those since the one before, its preview the newest."""
         snapshots = self._gateway.watch(record.job.request_id, caller.tenant)
-        wants_logs = _wants_logs(request)
-        documents = (
-            answers.status(each.record, each.events if wants_logs else None, caller.base_url)
-            async for each in snapshots
-        )
+        wants_logs, wants_previews = _wants(request, "logs"), _wants(request, "previews")
+
+        def document(each: Snapshot) -> dict[str, Any]:
+            status = answers.status(each.record, each.events if wants_logs else None, caller.base_url)
+            return status | (answers.preview(each.events) if wants_previews else {})
+
+        documents = (document(each) async for each in snapshots)
         return sse.EventStream(documents, {answers.REQUEST_ID: record.job.request_id})
 
     async def _result(self, request: Request, caller: Caller, record: Record) -> Response:
@@ -243,8 +252,8 @@ class _Http:
         return Caller(request.state.actor, self._gateway.settings.public_url or wishes.base_url(request))
 
 
-def _wants_logs(request: Request) -> bool:
-    return request.query_params.get("logs", "").lower() in ("1", "true")
+def _wants(request: Request, name: str) -> bool:
+    return request.query_params.get(name, "").lower() in ("1", "true")
 
 
 async def _outputs(snapshots: AsyncIterator[Snapshot]) -> AsyncIterator[Previewed | JobResult]:

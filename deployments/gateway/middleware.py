@@ -11,7 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from deployments.gateway import answers, openai, tokens
+from deployments import metrics
+from deployments.gateway import answers, openai, pages, tokens
 from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
 from deployments.gateway.keys import Keys
 from deployments.gateway.throttle import address_of
@@ -29,9 +30,10 @@ from schemas.errors import (
 logger = logging.getLogger(__name__)
 
 # A file is named by 128 random bits. Who sends one shows a ticket or a pass instead of a key.
-# What can be asked of a model is no secret, and fal shows it to anyone.
-PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/")
-PUBLIC_PATHS = ("/health", "/ready", "/v1/models", JWKS, BARE_JWKS)
+# What can be asked of a model is no secret, and fal shows it to anyone. The playground's pages say nothing of
+# anyone: what they show, they ask for with the key of whoever looks.
+PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/", "/playground/")
+PUBLIC_PATHS = ("/health", "/ready", "/v1/models", "/playground", JWKS, BARE_JWKS)
 
 WEBSOCKETS = "/run/"  # whose route checks the key itself, because it has to take the connection first
 
@@ -114,7 +116,7 @@ class Authentication:
         if scope["type"] == "websocket":
             query = scope["query_string"].decode("latin-1")
             return canonical(path, query, HeaderView(scope=scope)).path.startswith(WEBSOCKETS)
-        return path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES)
+        return path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES) or pages.is_visit(scope)
 
     async def _actor(self, scope: Scope) -> Actor:
         """By the key, or by the token that a browser has instead of one."""
@@ -159,6 +161,7 @@ class Errors:
             if known.status >= 500 and not isinstance(error, DarkroomError):
                 path = scope["path"].partition("/multipart/")[0]  # what follows is a ticket
                 logger.exception("%s %s failed, %s", scope["method"], path, _id(scope))
+            metrics.REFUSED.add(reason=known.error_type, status=str(known.status))
             if began:
                 raise
             told = openai.failure if scope["path"].startswith(openai.PREFIX) else answers.failure

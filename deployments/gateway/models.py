@@ -13,6 +13,7 @@ from deployments.gateway.descriptions import Description, describe
 from deployments.gateway.gateway import Gateway
 from pipelines import registry
 from schemas.errors import BadRequest, NotFound
+from schemas.settings import ModelEntry
 
 EXPANDED = "openapi-3.0"  # what `expand` takes
 MAX_MODELS = 100  # in one answer
@@ -43,7 +44,9 @@ class _Models:
         names = [] if request.query_params else [*self._gateway.settings.openai_models]
         return answers.Json(
             {
-                "models": [_model(each, base_url, expands=expands) for each in page],
+                "models": [
+                    _model(each, self._gateway.entry(each.id), base_url, expands=expands) for each in page
+                ],
                 "next_cursor": _cursor(page[-1].id) if has_more else None,
                 "has_more": has_more,
                 "object": "list",  # from here on for OpenAI's clients, which ask at the same path
@@ -84,7 +87,8 @@ def _text(about: Description) -> str:
     return " ".join((about.id, about.display_name, about.description, about.category)).lower()
 
 
-def _model(about: Description, base_url: str, *, expands: bool) -> dict[str, Any]:
+def _model(about: Description, entry: ModelEntry, base_url: str, *, expands: bool) -> dict[str, Any]:
+    told = {"license_type": entry.licence, "hardware": entry.hardware}
     model: dict[str, Any] = {
         "endpoint_id": about.id,
         "metadata": {
@@ -95,6 +99,7 @@ def _model(about: Description, base_url: str, *, expands: bool) -> dict[str, Any
             "tags": [],
             "updated_at": about.updated_at,
             "model_url": f"{base_url}/run/{about.id}",
+            **{name: text for name, text in told.items() if text is not None},
         },
     }
     if expands:

@@ -34,6 +34,11 @@ _STATUS_PROPERTIES: Mapping[str, Any] = {
     },
     "metrics": {"type": "object", "description": "The metrics.", "additionalProperties": True},
     "queue_position": {"type": "integer", "description": "How many requests run before this one."},
+    "preview": {
+        "type": "object",
+        "description": "In a status stream, the output as it would be now, if it was asked for.",
+        "additionalProperties": True,
+    },
     "error": {"type": "string", "description": "Why the request failed, once it has."},
     "error_type": {"type": "string", "description": "The kind of the error."},
 }
@@ -104,6 +109,7 @@ def _info(about: Description, base_url: str) -> dict[str, Any]:
         "x-fal-metadata": {
             "endpointId": about.id,
             "category": about.category,
+            "playgroundUrl": f"{base_url}/playground/{about.id}",
             "documentationUrl": f"{base_url}/openapi/{about.id}",
         },
     }

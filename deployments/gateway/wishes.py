@@ -9,6 +9,7 @@ from deployments.gateway.gateway import Wishes
 from schemas.errors import BadRequest
 from schemas.jobs import Priority
 
+PREVIEWS = "x-darkroom-previews"
 MIN_START_TIMEOUT_S = 0.1
 MAX_TAGS = 20
 MAX_KEY = 255  # characters of an Idempotency-Key
@@ -25,6 +26,11 @@ def base_url(request: HTTPConnection) -> str:
     if url is None or url.username is not None or url.netloc != text.partition("://")[2]:
         raise BadRequest("The Host header is missing or malformed.")
     return text
+
+
+def wants_previews(request: Request) -> bool:
+    """Whether a submit asks that pictures be shown as they form, in its status stream. Raises BadRequest."""
+    return flag(request.headers, PREVIEWS, default=False)
 
 
 def read(request: Request, *, previews: bool, waits: bool = False) -> Wishes:

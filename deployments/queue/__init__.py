@@ -7,13 +7,14 @@ from deployments.queue.audit import Audit
 from deployments.queue.database import Database
 from deployments.queue.keys import KeyTable
 from deployments.queue.outbox import Outbox
-from deployments.queue.queue import Queue
+from deployments.queue.queue import Load, Queue
 from deployments.queue.transitions import Setback
 from schemas.settings import LeaseSettings, Retention, local_path
 
 __all__ = [
     "Audit",
     "KeyTable",
+    "Load",
     "Outbox",
     "Queue",
     "Setback",

@@ -1,6 +1,7 @@
 """What a process waits for: that something may have changed."""
 
 import asyncio
+from contextlib import suppress
 
 
 class Bell:
@@ -15,8 +16,8 @@ class Bell:
 
     async def wait(self, timeout_s: float) -> None:
         """Return at a ring since the last call, or after `timeout_s`."""
-        try:
-            await asyncio.wait_for(self._rung.wait(), timeout_s)
-        except TimeoutError:
-            pass
+        with suppress(TimeoutError):
+            # not wait_for: Python 3.11's forgets a cancel that comes with the ring
+            async with asyncio.timeout(timeout_s):
+                await self._rung.wait()
         self._rung.clear()

@@ -17,7 +17,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, RowMapping
 from sqlalchemy.exc import IntegrityError
 
-from deployments import crash, logs
+from deployments import crash, endings
 from deployments.queue import audit, limits, rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
@@ -33,6 +33,7 @@ from schemas.jobs import (
     JobEvent,
     JobResult,
     Once,
+    Priority,
     Receipt,
     Record,
     Snapshot,
@@ -54,6 +55,17 @@ class Waiting:
     models: frozenset[str]  # with requests that may start
     cancelled: frozenset[str]  # request ids it runs that their callers gave up
     next_due: float | None  # when a start deadline or a backoff ends, by the clock
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many requests of a model and priority wait, or run."""
+
+    model: str
+    priority: Priority
+    state: State
+    count: int
+    since: float  # when the oldest was accepted
 
 
 class Queue:
@@ -241,7 +253,7 @@ class Queue:
         outcome, record = await self._write(operation)
         crash.point("cancel.stored")
         if record is not None:
-            logs.report(record)
+            endings.tell(record)
         self.wake()
         return outcome
 
@@ -309,6 +321,17 @@ class Queue:
 
         def operation(connection: Connection) -> int:
             return connection.scalar(sql.BACKLOG, wanted) or 0
+
+        return await self._database.read(operation)
+
+    async def loads(self) -> list[Load]:
+        """What waits and runs, by model and priority. Reads all of it: for a look every few seconds."""
+
+        def operation(connection: Connection) -> list[Load]:
+            return [
+                Load(model, Priority(priority), State(state), count, since)
+                for model, priority, state, count, since in connection.execute(sql.LOADS)
+            ]
 
         return await self._database.read(operation)
 
@@ -437,7 +460,7 @@ class Queue:
         swept = await self._write(lambda connection: upkeep.sweep(connection, self._lease, times))
         crash.point("sweep.stored")
         for record in swept.ended:
-            logs.report(record)
+            endings.tell(record)
         return swept.count
 
     async def reroute(self, routes: Mapping[str, str]) -> None:

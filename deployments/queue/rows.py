@@ -17,7 +17,9 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 def job_values(job: Job) -> dict[str, Any]:
     """The columns that a job fills."""
-    return {**asdict(job), "priority": int(job.priority)}
+    values = {**asdict(job), "priority": int(job.priority)}
+    del values["waited_s"]  # which follows from `accepted_at`
+    return values
 
 
 def job(row: RowMapping) -> Job:

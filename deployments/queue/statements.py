@@ -1,15 +1,19 @@
 """The queue's SQL, built once: putting a statement together costs more than running it."""
 
+from typing import Any
+
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
     ScalarSelect,
+    Select,
     and_,
     bindparam,
     delete,
     exists,
     func,
     insert,
+    literal,
     or_,
     select,
     tuple_,
@@ -31,6 +35,7 @@ from deployments.queue.tables import (
     requests,
     tries,
 )
+from schemas.jobs import State
 
 _now: BindParameter[float] = bindparam("now")
 
@@ -101,6 +106,22 @@ BACKLOG = select(func.count()).select_from(
     select(requests.c.seq).where(_of_model, _may_start).limit(bindparam("limit")).subquery()
 )
 CLAIMABLE_BESIDE = CLAIMABLE.where(requests.c.tenant.not_in(bindparam("full", expanding=True)))
+
+
+def _load(of: ColumnElement[bool], state: State) -> Select[Any]:
+    """How many requests of each model and priority are in a state, and when the first was accepted.
+
+    The groups are read from an index alone.
+    """
+    kinds = requests.c.model, requests.c.priority
+    counts = func.count().label("count"), func.min(requests.c.seq).label("first")
+    groups = select(*kinds, *counts).where(of).group_by(*kinds).subquery()
+    named = literal(str(state)).label("state")
+    facts = groups.c.model, groups.c.priority, named, groups.c.count, requests.c.accepted_at.label("since")
+    return select(*facts).join_from(groups, requests, requests.c.seq == groups.c.first)
+
+
+LOADS = union_all(_load(is_queued, State.QUEUED), _load(is_running, State.RUNNING))
 ANY_CLAIMABLE = select(requests.c.seq).where(_of_model, _may_start).limit(1)
 
 RENEW = (

@@ -41,7 +41,7 @@ def take(connection: Connection, row: RowMapping, owner: str, now: float, lease_
     crash.point("take.changed")
     note(connection, row["request_id"], now)
     crash.point("take.noted")
-    return Claim(job, fence, attempt, row["start_deadline"])
+    return Claim(job, fence, attempt, row["start_deadline"], max(0.0, now - row["accepted_at"]))
 
 
 def put_back(

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from deployments import crash
 from deployments.queue.database import Operation
-from schemas.errors import StoreDown
+from schemas.errors import StoreClosed, StoreDown
 
 T = TypeVar("T")
 Pending = tuple[Operation[Any], Future[Any]]
@@ -44,7 +44,7 @@ class GroupWriter:
     async def write(self, operation: Operation[T]) -> T:
         """See Database.write."""
         if not self.is_alive:
-            raise StoreDown("The queue is closed.")
+            raise StoreClosed("The queue is closed.")
         done: Future[T] = Future()
         self._pending.put((operation, done))
         return await asyncio.wrap_future(done)

@@ -17,14 +17,14 @@ from typing import Any
 
 import httpx
 
-from deployments import crash
+from deployments import crash, metrics
 from deployments.files.egress import Egress
 from deployments.files.guard import parse
 from deployments.queue import Outbox
 from deployments.webhooks import message
 from deployments.webhooks.keyring import Keyring
 from schemas.deliveries import Delivery, DeliveryState, Outcome
-from schemas.errors import AssetError, StoreDown
+from schemas.errors import AssetError, StoreClosed, StoreDown
 from schemas.settings import WebhookSettings
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ class Sender:
     async def _settle(self, delivery: Delivery, outcome: Outcome) -> None:
         """Write a try down, with what follows from it."""
         state, wait_s = self._verdict(delivery, outcome)
+        metrics.WEBHOOKS.add(outcome="retry" if state is DeliveryState.DUE else str(state))
         again_at = None if wait_s is None else self._outbox.now() + wait_s
         logger.info(
             "the webhook of %s, try %d: %s (%s)",
@@ -210,6 +211,8 @@ async def _insist(write: Callable[[], Coroutine[Any, Any, bool]]) -> None:
         try:
             await write()
             return
+        except StoreClosed:
+            raise
         except StoreDown:
             await asyncio.sleep(IDLE_S)
 

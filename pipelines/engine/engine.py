@@ -11,9 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipelines.engine.batcher import choose
+from pipelines.engine.batcher import Batcher
 from pipelines.engine.memory import give_back, ran_out, with_room
+from pipelines.engine.pace import Pace
 from pipelines.engine.sample import Advanced, Sample
+from schemas.jobs import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +38,17 @@ class Listener(Protocol):
 class Engine:
     """Runs `predict` over the samples added to it, one batch a turn, on a thread of its own.
 
-    `budget` bounds a batch in image tokens (see `choose`); when memory runs out, batches become half as
-    large, and then slowly larger again. `add` and `remove` may be called from any
+    `budget` bounds a batch in image tokens, `pace` says how many gain (see Batcher); when memory runs out,
+    batches become half as large, and then slowly larger again. `add` and `remove` may be called from any
     thread and take effect before the next turn.
     """
 
-    def __init__(self, predict: Predict, budget: int) -> None:
+    def __init__(self, predict: Predict, budget: int, pace: Pace | None = None) -> None:
         self._predict = predict
+        self._batcher = Batcher(pace)
         self._budget = self._room = budget
         self._active: dict[Sample, Listener] = {}
         self._changed = Condition()
-        self._turn = 0
         self._closed = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
@@ -70,9 +72,10 @@ class Engine:
         """How many samples are under way."""
         return len(self._active)
 
-    def add(self, sample: Sample, listener: Listener) -> None:
+    def add(self, sample: Sample, listener: Listener, priority: Priority = Priority.NORMAL) -> None:
         with self._changed:
             assert not self._closed, "a closed engine takes no samples"
+            self._batcher.admit(sample, priority)
             self._active[sample] = listener
             self._changed.notify_all()
 
@@ -96,11 +99,10 @@ class Engine:
         with self._changed:
             if not self._active:
                 return
-            batch = choose(list(self._active), self._room)
+            batch = self._batcher.choose(list(self._active), self._room)
         self._room = min(self._budget, self._room + 1 + self._room // GROWTH)
         for sample, outcome in zip(batch, self._outcomes(batch), strict=True):
             self._tell(sample, outcome, len(batch))
-        self._turn += 1
 
     def _outcomes(self, batch: Sequence[Sample]) -> list[Advanced | Exception]:
         """What the step gives each row. A batch that fails is run again in halves, so that a row at
@@ -134,7 +136,6 @@ class Engine:
             listener.ended(sample, outcome)
             return
         sample.accept(outcome)
-        sample.last_turn = self._turn
         sample.company += company
         listener.stepped(sample)
         if sample.is_done:

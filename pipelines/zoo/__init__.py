@@ -1,12 +1,14 @@
-"""Embedded models: the real classes at tiny sizes with random weights, built on this machine.
+"""Embedded models: the real classes at tiny sizes, which stand in for published weights.
 
-They stand in for published weights in tests, demos and first starts. Nothing here knows how a
-picture is made; importing this package loads neither torch nor diffusers.
+Those with "world" in their names are trained on drawings (`world.py`) and lie in `weights/`; demos and first
+starts use them. The others have random weights and are built on this machine; tests use them. Nothing here
+knows how a picture is made; importing this package loads neither torch nor diffusers.
 """
 
 import logging
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,29 +30,69 @@ _BUILDERS = {
     "sdxl-canny": "pipelines.zoo.sd:build_sdxl_canny",
 }
 
+WEIGHTS = Path(__file__).parent / "weights"
+
 _log = logging.getLogger(__name__)
 _building = Lock()
 
 
 def names() -> tuple[str, ...]:
+    """Those with random weights."""
     return tuple(_BUILDERS)
 
 
+def trained() -> tuple[str, ...]:
+    """Those that are shipped."""
+    return tuple(sorted(each.name for each in WEIGHTS.glob("[!.]*")))
+
+
 def locate(name: str, root: Path | None = None, report: Report = _log.info) -> Path:
-    """The folder of an embedded model, built under `root` if it is not there yet.
+    """The folder of an embedded model; one with random weights is built under `root` if it is not there yet.
 
     Safe to call from several threads and processes at once: all get the same folder, which is
     either absent or whole. `report` gets one short line per stage of a build, and none when the
     folder is there; it must not call `locate` itself.
-    Raises ValueError for a name that `names` does not list.
+    Raises ValueError for a name that neither `names` nor `trained` lists.
     """
+    if name in trained():
+        return WEIGHTS / name
     if name not in _BUILDERS:
-        raise ValueError(f"unknown embedded model {name!r}; known: {', '.join(names())}")
+        raise ValueError(f"unknown embedded model {name!r}; known: {', '.join((*names(), *trained()))}")
     folder = (root or _cache()) / f"{name}-{RECIPE}"
     with _building:
         if not folder.is_dir():
             _build(name, folder, lambda stage: report(f"embedded {name}: {stage}"))
     return folder
+
+
+def train(
+    only: Sequence[str],
+    report: Callable[[str, int, int], None],
+    *,
+    checkpoints: Path | None = None,
+    into: Path = WEIGHTS,
+    device: str = "cpu",
+) -> list[Path]:
+    """Train the models of these names, or all, and replace their folders in `into`. Hours on a CPU.
+
+    A run goes on from `checkpoints`. `report` is told what is trained, the steps done, and the steps in all.
+    Raises ValueError for a name that is not trained here.
+    """
+    workshop = import_module("pipelines.zoo.training.workshop")
+    if unknown := [name for name in only if name not in workshop.MODELS]:
+        raise ValueError(f"unknown model {unknown[0]!r}; known: {', '.join(workshop.MODELS)}")
+    shop = workshop.Workshop(checkpoints or _cache() / "checkpoints", report, device)
+    into.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name in only or workshop.MODELS:
+        with TemporaryDirectory(dir=into, prefix=f".{name}-") as staging:
+            draft = Path(staging) / name
+            draft.mkdir()
+            shop.build(name, draft)
+            shutil.rmtree(into / name, ignore_errors=True)
+            _publish(draft, into / name)
+        made.append(into / name)
+    return made
 
 
 def _cache() -> Path:

@@ -74,8 +74,9 @@ class Output(BaseModel):
 
     images: list[Image] = Field(description="The generated pictures.")
     timings: dict[str, float] = Field(
-        description="Seconds spent, by stage, in all as `inference`; `steps_per_second`; and as `rows` how "
-        "many pictures, of this request and others, shared a step in the mean."
+        description="Seconds that it waited, as `queue`; seconds spent, by stage, in all as `inference`; "
+        "`steps_per_second`; and as `rows` how many pictures, of this request and others, shared a step in "
+        "the mean."
     )
     seed: int = Field(description="The seed used: the one sent, or the one drawn.")
     has_nsfw_concepts: list[bool] = Field(description="Which pictures were found unsafe.")

@@ -55,9 +55,10 @@ class Output(BaseModel):
 
     images: list[Image] = Field(description="The generated pictures.")
     timings: dict[str, float] = Field(
-        description="Seconds spent, by stage, in all as `inference`; `steps_per_second`; and as `rows` how "
-        "many pictures, of this request and others, shared a step in the mean. Where `acceleration` had an "
-        "effect, `steps_skipped`: how many steps of a picture reused most of an earlier one, in the mean."
+        description="Seconds that it waited, as `queue`; seconds spent, by stage, in all as `inference`; "
+        "`steps_per_second`; as `rows` how many pictures, of this request and others, shared a step in "
+        "the mean; and as `steps_skipped`, where the server accelerates at the cost of exactness, how many "
+        "steps of a picture reused most of an earlier one, in the mean."
     )
     seed: int = Field(description="The seed used: the one sent, or the one drawn.")
     has_nsfw_concepts: list[bool] = Field(description="Which pictures were found unsafe.")

@@ -100,7 +100,7 @@ UNIVERSAL_SIDE = 128  # of a picture without a start picture, where the server m
 
 def steps(count: int) -> list[str]:
     """The log lines of a request of `count` steps."""
-    return [f"step {step}/{count}" for step in range(1, count + 1)]
+    return ["in float32, by sdpa attention", *(f"step {step}/{count}" for step in range(1, count + 1))]
 
 
 def drawing(size: tuple[int, int] = (80, 48)) -> Image.Image:

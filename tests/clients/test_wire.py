@@ -104,8 +104,8 @@ def test_every_state_has_its_status_and_its_keys(alice: httpx.Client, busy: dict
 @pytest.mark.parametrize(
     ("query", "count"),
     [
-        ("?logs=1", 3),  # the JavaScript clients
-        ("?logs=true", 3),  # the Python client
+        ("?logs=1", 1 + 3),  # the JavaScript clients
+        ("?logs=true", 1 + 3),  # the Python client
         ("?logs=0", None),
         ("?logs=false", None),
         ("", None),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Connection, text
 
 from deployments.queue import Queue, open_database, open_queue, postgres
@@ -57,6 +58,19 @@ async def test_commits_are_synced_and_views_are_consistent(database: PostgresDat
     names = ("synchronous_commit", "transaction_isolation", "transaction_read_only")
     assert await database.write(shown(*names)) == ["on", "read committed", "off"]
     assert await database.read(shown(*names)) == ["on", "repeatable read", "on"]
+
+
+async def test_an_url_that_says_nothing_leaves_it_to_libpqs_environment(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = conninfo_to_dict(postgres_url)
+    for name in ("host", "port", "user", "password", "dbname"):
+        if name in said:
+            monkeypatch.setenv({"dbname": "PGDATABASE"}.get(name, f"PG{name.upper()}"), str(said[name]))
+    database = PostgresDatabase("postgresql:///")
+    await database.write(note("1"))
+    assert await database.read(noted) == ["1"]
+    await database.close()
 
 
 async def test_no_session_waits_for_ever(database: PostgresDatabase) -> None:

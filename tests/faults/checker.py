@@ -221,7 +221,7 @@ def _cancels(facts: Facts) -> Iterator[str]:
 
 
 def _start_deadlines(facts: Facts) -> Iterator[str]:
-    starts = facts.of("began")
+    starts, noted = facts.of("began"), facts.of("begun")
     for request_id, submit in facts.submits.items():
         deadline = submit.get("deadline")
         if deadline is None:
@@ -231,7 +231,8 @@ def _start_deadlines(facts: Facts) -> Iterator[str]:
             yield f"{request_id} was started {first - deadline:.2f} s after its deadline"
         final = facts.finals.get(request_id)
         is_late = final is not None and final["error_type"] == "request_timeout"
-        if is_late and first is not None and first < deadline - SLACK_S:
+        in_time = min((each["clock"] for each in noted.get(request_id, [])), default=None)
+        if is_late and in_time is not None and in_time < deadline - SLACK_S:
             yield f"{request_id} began in time, and was told that it had not"
         if is_late and final is not None and final["finished_at"] < deadline:
             yield f"{request_id} was told too early that it was too late"

@@ -36,7 +36,7 @@ OTHER = "mallory"  # a tenant that has no request
 
 
 class TellingQueue(Queue):
-    """Tells of every claim and every commit."""
+    """Tells of every claim, every start that is on disk, and every commit."""
 
     def __init__(
         self,
@@ -55,6 +55,12 @@ class TellingQueue(Queue):
             held = {"id": each.job.request_id, "fence": each.fence, "attempt": each.attempt}
             self._history.write("claimed", asked=asked, **held)
         return claims
+
+    async def begin(self, claim: Claim) -> bool:
+        is_held = await super().begin(claim)
+        if is_held:
+            self._history.write("begun", id=claim.job.request_id, clock=self.now())
+        return is_held
 
     async def finish(self, claim: Claim, result: JobResult, news: Sequence[JobEvent] = ()) -> bool:
         what = {"id": claim.job.request_id, "fence": claim.fence}

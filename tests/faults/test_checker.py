@@ -166,7 +166,7 @@ LIES: dict[str, tuple[str, Callable[[History], None]]] = {
         "I10", lambda h: h.append({"kind": "began", "id": "late", "nonce": "n", "clock": 109.0, "at": 9.0}),
     ),
     "a request that began is told 504": (
-        "I10", lambda h: h.append({"kind": "began", "id": "late", "nonce": "n", "clock": 103.0, "at": 3.0}),
+        "I10", lambda h: h.append({"kind": "begun", "id": "late", "clock": 103.0, "at": 3.0}),
     ),
     "a 504 comes too early": ("I10", lambda h: change(h, "final", "late", finished_at=104.0)),
     "another tenant sees it": ("I11", lambda h: change(h, "peeked", "one", found=True)),

@@ -177,10 +177,12 @@ async def test_f17_a_clock_that_jumps_loses_nothing_and_doubles_nothing(
         await one.end()
     assert processes.run(finish, place, 2 * 3600.0) == 0
     found = verdict(place, receiver, trusts_clocks=False)
-    # a start deadline is a time on a clock that jumped: it may be met or missed by the jump alone; and the
-    # lease on a webhook that is being sent may lapse by it
-    assert [each for each in found if not each.startswith(("I10", "I6"))] == []
     patient = {each["id"] for each in events(place, "submit") if each["deadline"] is None}
+    # a start deadline is a time on a clock that jumped: it may be met or missed by the jump alone, and who
+    # has one is passed over while it seems to be missed; and the lease on a webhook that is being sent may
+    # lapse by it
+    wrong = [each for each in found if not each.startswith(("I10", "I6"))]
+    assert [each for each in wrong if not each.startswith("I12") or each.split()[-1] in patient] == []
     ends = {each["id"]: each["status"] for each in events(place, "final")}
     assert len(ends) == 15
     assert {ends[each] for each in patient} == {200}

@@ -67,7 +67,8 @@ async def test_t26_a_file_never_runs_where_it_is_served(
 
 
 async def test_t26_no_answer_is_a_page(alice: httpx.AsyncClient) -> None:
-    """Whatever a caller's words are in it: JSON, by its type, and not to be taken for anything else."""
+    """Whatever a caller's words are in it: JSON, by its type, and not to be taken for anything else. The
+    pages of the playground have no caller's words in them."""
     for path in (
         "/",
         "/<script>",

@@ -8,6 +8,8 @@ import torch
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 
+NOTHING = torch.zeros(0)  # the latents of samples that are only counted
+
 
 @dataclass
 class Ears:

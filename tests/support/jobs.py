@@ -48,6 +48,7 @@ class ScriptedModel:
     most: int = 0  # jobs at once
     order: list[str] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)  # behind each job, as it was told
+    waited: list[float] = field(default_factory=list)  # seconds, by each job
     prefetched: list[str] = field(default_factory=list)
     queues: bool = False  # a job waits in the worker before it begins
     is_deaf: bool = False  # a prefetch does not come back
@@ -58,6 +59,7 @@ class ScriptedModel:
 
     async def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
         self.waiting.append(waiting)
+        self.waited.append(job.waited_s)
         self.running += 1
         self.most = max(self.most, self.running)
         self.order.append(job.request_id)

@@ -67,7 +67,10 @@ def receiving() -> Iterator[Receiver]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+            length = int(self.headers["content-length"])
+            body = self.rfile.read(length)
+            if len(body) < length:
+                return  # whoever sent it has died
             headers = {name.lower(): value for name, value in self.headers.items()}
             receiver.posts.put(Post(self.path, headers, body))
             if gate := receiver.gates.get(self.path):

@@ -45,6 +45,17 @@ def free_port() -> int:
         return port
 
 
+# The shipped file names the trained embedded models; those with random weights are smaller, hence faster.
+QUICK = {
+    "zoo:flux-world-redux": "zoo:flux-redux",
+    "zoo:flux-world": "zoo:flux",
+    "zoo:sdxl-world-canny": "zoo:sdxl-canny",
+    "zoo:sdxl-world": "zoo:sdxl",
+    "zoo:sd15-world": "zoo:sd15",
+    "zoo:world-safety-checker": "zoo:safety-checker",
+}
+
+
 def write_config(
     folder: Path,
     *,
@@ -52,11 +63,14 @@ def write_config(
     model: Mapping[str, Any] | None = None,
     models: Collection[str] = ("flux",),
 ) -> Path:
-    """The shipped serve_config.yaml with its data in `folder`, short prompts, and some args changed.
+    """The shipped serve_config.yaml with its data in `folder`, quick models, short prompts, other args.
 
     Of the model applications only `models` remain.
     """
-    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    text = (ROOT / "serve_config.yaml").read_text()
+    for trained, random in QUICK.items():
+        text = text.replace(trained, random)
+    config: dict[str, Any] = yaml.safe_load(text)
     front_app, *model_apps = config["applications"]
     files = f"file://{folder}/files"
     front_app["args"] |= {"queue_url": f"sqlite:///{folder}/queue.sqlite3", "files_url": files}
@@ -88,6 +102,12 @@ class Server:
         """Where Python callers find its Ray."""
         [address] = re.findall(r"^ray at (\S+)$", self.log.read_text(), re.MULTILINE)
         return str(address)
+
+    @property
+    def metrics_url(self) -> str:
+        """What Prometheus reads."""
+        [url] = re.findall(r"^metrics at (\S+)$", self.log.read_text(), re.MULTILINE)
+        return str(url)
 
     def stop(self) -> int:
         """As Ctrl-C does; returns the exit code."""

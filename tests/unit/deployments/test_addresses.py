@@ -27,6 +27,8 @@ ID = "0f5c2a3b-1111-4222-8333-0123456789ab"
         (f"/fal-ai/flux/requests/{ID}/status", "", {}, f"/queue/fal-ai/flux/requests/{ID}/status"),
         ("/health", "", {}, "/health"),
         ("/", "", {}, "/"),
+        ("/playground", "", {"host": "queue.my.box"}, "/playground"),
+        ("/playground/fal-ai/flux/dev", "fal_webhook=x", {"host": "fal.run"}, "/playground/fal-ai/flux/dev"),
         ("/.well-known/jwks.json", "", {"host": "rest.fal.ai"}, "/rest/.well-known/jwks.json"),
         ("/.well-known/jwks.json", "fal_webhook=x", {"host": "box"}, "/rest/.well-known/jwks.json"),
         ("//evil", "", {}, "/run//evil"),

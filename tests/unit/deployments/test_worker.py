@@ -8,8 +8,9 @@ import signal
 import tarfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ from schemas.assets import Asset, AssetKind, weights
 from schemas.endpoints import flux_general_rf_inversion as general
 from schemas.endpoints import lora_image_to_image as anything
 from schemas.endpoints.flux_dev import Input, Output
-from schemas.errors import AssetError, InputError, RequestFailed
-from schemas.jobs import Job, JobResult, Logged, Previewed, Update
+from schemas.errors import AssetError, InputError, NoRoom, RequestFailed
+from schemas.jobs import Job, JobResult, Logged, Previewed, Priority, Update
 from schemas.settings import BaseSettings, FetchSettings, Limits, ModelSettings, WeightSettings
 from tests.support.fields import TestT, shows
 from tests.support.hostile_pictures import REFUSED, many_scans
@@ -186,14 +187,45 @@ async def test_pictures_are_kept_and_their_urls_lead_to_the_callers_server(
         assert len(data) == stored.size
         with Image.open(io.BytesIO(data)) as decoded:
             assert (decoded.format, decoded.size) == ("JPEG", (64, 48))
-    stages = ["fetch", "load", "encode", "denoise", "decode", "upload"]
-    assert list(output.timings) == ["inference", *stages, "steps_per_second", "rows"]
+    stages = ["fetch", "adapters", "encode", "denoise", "decode", "upload"]
+    assert list(output.timings) == ["queue", "inference", *stages, "steps_per_second", "rows"]
     assert output.timings["inference"] == pytest.approx(
         sum(output.timings[each] for each in stages), abs=1e-3
     )
     assert 1 <= output.timings["rows"] <= 2
     assert output.timings["steps_per_second"] > 0
     assert output.seed == 5
+
+
+async def test_the_wait_before_the_start_is_told_and_is_no_part_of_the_work(make_worker: Make) -> None:
+    *_, last = await updates(make_worker(), make_job(input=FIELDS, waited_s=600))
+    assert last.result is not None
+    timings = last.result.output()["timings"]
+    assert 600 <= timings["queue"] < 700
+    assert timings["inference"] < 600
+
+
+async def test_the_log_says_in_which_numbers_and_by_which_attention(make_worker: Make) -> None:
+    told = lines(await updates(make_worker(), make_job(input=FIELDS)))
+    assert told[:2] == ["in float32, by sdpa attention", "step 1/2"]
+
+
+async def test_a_short_job_of_normal_priority_passes_a_long_one_of_low(make_worker: Make) -> None:
+    worker, ends = make_worker(batch_rows=1), list[str]()
+    has_begun = asyncio.Event()
+
+    async def follow(name: str, job: Job) -> None:
+        async for update in worker.generate(job):
+            if any(isinstance(each, Logged) and each.message.startswith("step") for each in update.events):
+                has_begun.set()
+        ends.append(name)
+
+    long = FIELDS | {"num_inference_steps": 50, "num_images": 4}
+    async with asyncio.TaskGroup() as group:
+        group.create_task(follow("long", make_job(input=long, priority=Priority.LOW)))
+        await has_begun.wait()
+        group.create_task(follow("short", make_job(input=FIELDS)))
+    assert ends == ["short", "long"]
 
 
 @shows_everywhere("sync_mode")
@@ -1029,3 +1061,36 @@ def test_a_closed_engine_is_unhealthy(make_worker: Make) -> None:
 async def test_a_picture_that_gets_no_noise_is_answered_without_a_step(answer: Answer) -> None:
     output = await answer("fal-ai/lora/image-to-image", noise_strength=0, num_images=2)
     assert [(image["width"], image["height"]) for image in output["images"]] == [(64, 64)] * 2
+
+
+class FakeCard:
+    """What is asked of a GPU before anything is put on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total_bytes: int) -> None:
+        self.fractions: list[float] = []
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total_bytes)
+        )
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.fractions.append)
+
+
+def test_a_model_that_cannot_fit_its_share_of_a_gpu_refuses_to_start(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = FakeCard(monkeypatch, 1 << 28)
+    with caplog.at_level("INFO"), pytest.raises(NoRoom, match=r"does not fit: \d+ bytes .* num_gpus"):
+        make_worker(device="cuda", num_gpus=0.25)
+    assert card.fractions == [0.25]
+    assert "model/transformer" in caplog.text, "the report comes first"
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "bound"), [("cuda", 0.5, [0.5]), ("cuda", 1, []), ("cpu", 0, [])]
+)
+def test_the_memory_that_torch_takes_is_bound_to_the_share_of_the_gpu(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch, device: str, share: float, bound: list[float]
+) -> None:
+    card = FakeCard(monkeypatch, 1)
+    with nullcontext() if device == "cpu" else pytest.raises(NoRoom):
+        make_worker(device=device, num_gpus=share)
+    assert card.fractions == bound

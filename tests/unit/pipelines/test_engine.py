@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.engine.batcher import choose
 from pipelines.engine.engine import Engine
+from pipelines.engine.pace import Pace
 from pipelines.engine.sample import Advanced, Plan, Sample
 from schemas.errors import OutOfMemory
+from schemas.jobs import Priority
 from tests.support.engine import Ears, run_to_end, turn
 
 
@@ -63,22 +64,25 @@ def test_a_batch_keeps_to_the_budget_but_one_sample_always_fits() -> None:
     model = Model()
     big, small = sample("big", 1, cost=100), [sample(str(i), 1, cost=4) for i in range(4)]
     run_to_end(Engine(model, budget=8), [big, *small])
-    assert model.batches == [["big"], ["0", "1"], ["2", "3"]]
+    assert model.batches == [["0", "1"], ["2", "3"], ["big"]]
 
 
-def test_no_key_starves_another() -> None:
-    many = [sample(f"m{i}", 4) for i in range(8)]
+def test_a_low_priority_lets_others_pass_and_is_not_forgotten() -> None:
+    model, ears = Model(), Ears()
+    engine, low = Engine(model, budget=1), sample("low", 2)
+    engine.add(low, ears, Priority.LOW)
+    for number in range(40):
+        engine.add(sample(str(number), 1), ears)
+        turn(engine)
+    order = [name for [name] in model.batches]
+    assert order.index("low") == 15, "two steps of low priority let less than sixteen pass"
+    assert ears.ends["low"] is None
+
+
+def test_as_many_rows_share_a_forward_as_the_pace_says() -> None:
     model = Model()
-    run_to_end(Engine(model, budget=2), [*many, sample("lonely", 4, "other")])
-    turns_of_lonely = [turn for turn, batch in enumerate(model.batches) if "lonely" in batch]
-    gaps = [after - before for before, after in zip(turns_of_lonely, turns_of_lonely[1:], strict=False)]
-    assert max(gaps) <= 5  # four batches of the others at most between its own turns
-
-
-def test_the_batcher_prefers_who_waited_longest() -> None:
-    first, second = sample("first"), sample("second", key="other")
-    first.last_turn, second.last_turn = 5, 4
-    assert choose([first, second], budget=10) == [second]
+    run_to_end(Engine(model, budget=100, pace=Pace(rows=2)), [sample(str(i), 2) for i in range(3)])
+    assert model.batches == [["0", "1"], ["0", "1"], ["2"], ["2"]]
 
 
 def test_a_removed_sample_takes_no_further_step_and_ends_silently() -> None:

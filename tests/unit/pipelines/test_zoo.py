@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
 from pipelines import zoo
@@ -169,7 +171,7 @@ def test_models_live_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_unknown_name_is_told_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'fluks'; known: flux, flux-redux, .*, sdxl, sdxl-canny$"):
+    with pytest.raises(ValueError, match="'fluks'; known: flux, flux-redux, .*, sdxl-canny, flux-world"):
         zoo.locate("fluks", tmp_path)
 
 
@@ -290,3 +292,29 @@ def test_a_safety_checker_with_the_lowest_thresholds_flags_everything(root: Path
 
     assert flags == [True, True, True]
     assert not any(picture.any() for picture in pictures)
+
+
+def test_a_trained_model_lies_in_the_package_and_is_not_built(tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    assert zoo.locate("flux-world", tmp_path, lines.append) == zoo.WEIGHTS / "flux-world"
+    assert lines == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_shipped_is_small_and_in_float16() -> None:
+    files = [path for path in zoo.WEIGHTS.rglob("*") if path.is_file()]
+
+    assert sum(path.stat().st_size for path in files) < 40e6
+    for path in zoo.WEIGHTS.rglob("*.safetensors"):
+        kinds = {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()}
+        assert kinds == {torch.float16}
+
+
+def test_an_installed_package_has_the_weights() -> None:
+    settings = tomllib.loads((zoo.WEIGHTS.parents[2] / "pyproject.toml").read_text())
+    [pattern] = settings["tool"]["setuptools"]["package-data"]["pipelines.zoo"]
+    package = zoo.WEIGHTS.parent
+    carried = set(package.glob(pattern))
+
+    assert {path for path in zoo.WEIGHTS.rglob("*") if path.is_file()} <= carried

@@ -1,0 +1,100 @@
+// A field for a picture: an address, or a file that is chosen, dropped or pasted, which is uploaded.
+
+import { address, button, element, picture, words } from "./dom.js";
+import { Scalar } from "./scalars.js";
+
+export class Picture extends Scalar {
+  constructor(spec, place) {
+    super(spec, place);
+    const control = element("input", {
+      type: "text",
+      inputmode: "url",
+      autocomplete: "off",
+      placeholder: "https://…",
+    });
+    this.chooser = element("input", { type: "file", accept: "image/*", hidden: true, tabindex: "-1" });
+    this.chooser.addEventListener("change", () => this.take(this.chooser.files[0]));
+    this.preview = element("div", { class: "thumb" });
+    this.state = element("span", { class: "hint", role: "status" });
+    this.uploads = 0;
+    this.build(control);
+    const choose = button("Choose a file", () => this.chooser.click(), {
+      class: "plain",
+      "aria-label": `Choose a file for ${words(place.name)}`,
+    });
+    const side = element("div", { class: "drop-side" });
+    control.before(element("div", { class: "drop" }, this.preview, side));
+    side.append(control, element("div", { class: "row" }, choose, this.chooser, this.state));
+    this.listen();
+  }
+
+  listen() {
+    const zone = this.element;
+    zone.addEventListener("dragover", (event) => {
+      event.preventDefault();
+      zone.classList.add("over");
+    });
+    zone.addEventListener("dragleave", () => zone.classList.remove("over"));
+    zone.addEventListener("drop", (event) => {
+      event.preventDefault();
+      zone.classList.remove("over");
+      this.take(event.dataTransfer.files[0]);
+    });
+    zone.addEventListener("paste", (event) => {
+      const [file] = event.clipboardData.files;
+      if (!file) return;
+      event.preventDefault();
+      event.stopPropagation();
+      this.take(file);
+    });
+  }
+
+  /** Uploads a file; its address is the value then. */
+  async take(file) {
+    if (!file) return;
+    const number = ++this.uploads; // of several, the last counts
+    this.chooser.value = "";
+    this.state.textContent = `Uploading ${file.name}…`;
+    try {
+      const url = await this.place.upload(file);
+      if (number !== this.uploads) return;
+      this.fill(url);
+      this.state.textContent = file.name;
+      this.place.changed();
+    } catch (error) {
+      if (number !== this.uploads) return;
+      this.state.textContent = "";
+      this.fault([], `${file.name} was not uploaded: ${error.message}`);
+    }
+  }
+
+  edited() {
+    this.uploads++;
+    this.state.textContent = "";
+    super.edited();
+  }
+
+  read() {
+    return this.control.value;
+  }
+
+  write(value) {
+    this.uploads++;
+    this.state.textContent = "";
+    this.control.value = value ?? "";
+  }
+
+  settle() {
+    super.settle();
+    const shown = isNear(this.control.value) ? [picture(this.control.value.trim(), { alt: "" })] : [];
+    this.preview.replaceChildren(...shown);
+  }
+}
+
+/** Whether the page shows it: a file of this server's, or one in the text itself. Nothing else is fetched. */
+function isNear(text) {
+  const url = address(text.trim());
+  if (url === undefined || url.startsWith("data:")) return url !== undefined;
+  const { origin, pathname } = new URL(url);
+  return origin === location.origin && pathname.startsWith("/files/");
+}

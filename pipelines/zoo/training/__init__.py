@@ -1,0 +1,1 @@
+"""How the embedded models are trained. Nothing of this runs in a server."""
