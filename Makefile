@@ -13,12 +13,12 @@ demo: .venv/.demo
 serve: .venv/.demo
 	$(BIN)/darkroom serve
 
-# The tests that start servers run one after another; the rest on all cores. Where the machine is busy, a
-# client's own ten seconds can run out: what failed there is tried once more, and the summary says so.
+# The tests that start servers run one after another; the rest on all cores. Where the machine is busy, a time limit
+# can run out that has nothing to do with the test: what failed is tried once more, and the summary says so.
 SERVERS := tests/serve tests/clients tests/faults/test_live_server.py tests/faults/test_server_killed.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal $(addprefix --ignore=,$(SERVERS))
+	$(BIN)/python -m pytest -n auto --dist worksteal --reruns 1 $(addprefix --ignore=,$(SERVERS))
 	$(BIN)/python -m pytest --reruns 1 $(SERVERS)
 
 # The long form of what `make test` does in short: see docs/reliability.md.

@@ -1,8 +1,8 @@
 """A mix of pictures on one device in simulated time: our batcher beside first come, first served.
 
-The batcher is the shipped one; the device is a curve of seconds by rows, as measured on an H200 for a model
-of FLUX's class: at 1024 × 1024 rows gain nothing, at 512 × 512 up to four do. Pure and exact: no forward
-runs, and the same seed gives the same figures.
+The batcher is the shipped one; the device is a curve of seconds by rows, put together from published figures
+for models of FLUX's class on H200s, not measured by us: at 1024 × 1024 rows gain nothing, at 512 × 512 up to
+four do. Pure and exact: no forward runs, and the same seed gives the same figures.
 """
 
 import random
@@ -19,7 +19,7 @@ from schemas.jobs import Priority
 from tests.support.engine import NOTHING
 
 BUDGET = 16_384  # image tokens that a forward may hold
-# seconds a step: our floors for FLUX at batch 1 (peers' best), the gain of rows as published for Qwen-Image
+# seconds a step: about FLUX's of good servers at one row; the gain of rows is that published for Qwen-Image
 H200 = Pace(
     (
         Curve(1024, {1: 0.036, 2: 0.040, 4: 0.052, 8: 0.092}),

@@ -96,7 +96,7 @@ def pair(values: Sequence[float]) -> Row:
 
 
 def style_shares(style: str) -> list[float]:
-    lora = zoo.locate(f"flux-world-{style}") / "lora.safetensors"
+    lora = zoo.locate(f"flux-world-{style}") / f"flux-world-{style}.safetensors"
     wanted, starts = asked(FEW, seed=60_000), scenes(FEW, seed=60_000)
     shares = []
     for scale in (1, 0):

@@ -275,8 +275,9 @@ class _WorkerReplica:
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router is told of this replica, see Worker.holdings."""
-        self._worker.measure()
-        holds = {need: (held.tier, held.nbytes) for need, held in self._worker.holdings().items()}
+        holdings = self._worker.holdings()
+        self._worker.measure(holdings.values())
+        holds = {need: (held.tier, held.nbytes) for need, held in holdings.items()}
         return {"seconds": self._meter.seconds, "holds": holds}
 
     async def check_health(self) -> None:

@@ -115,10 +115,10 @@ class Worker:
         """The weights that requests have named, by their assets' digests, and where they are here."""
         return self._holdings.told()
 
-    def measure(self) -> None:
-        """Tell the metrics what is held."""
+    def measure(self, holdings: Iterable[Holding]) -> None:
+        """Tell the metrics what is held: `holdings`, asked for just now, and the device's memory."""
         held = dict.fromkeys(Tier, 0)
-        for holding in self._holdings.told().values():
+        for holding in holdings:
             held[holding.tier] += holding.nbytes
         for tier, nbytes in held.items():
             metrics.HELD.set(nbytes, model=self._name, tier=tier)

@@ -158,10 +158,10 @@ def own_key(source: str, base_url: str) -> str | None:
     """The key in a file URL of the server at `base_url`, or None."""
     try:
         url, base = httpx.URL(source), httpx.URL(base_url)
-    except (httpx.InvalidURL, ValueError):
+        host, own = url.raw_host, base.raw_host  # `host` decodes it, and raises for what is no name
+    except (httpx.InvalidURL, ValueError):  # an IPv6 address may have words that are not ASCII
         return None
-    host = url.raw_host  # `host` decodes it, and raises for what is no name
-    if url.scheme not in ("http", "https") or url.userinfo or not host or host != base.raw_host:
+    if url.scheme not in ("http", "https") or url.userinfo or not host or host != own:
         return None
     match = _OWN_PATH.fullmatch(url.path) or _OWN_PATH.fullmatch(url.path.removeprefix(base.path.rstrip("/")))
     return match[1] if match else None

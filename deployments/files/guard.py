@@ -98,7 +98,10 @@ class Guard:
             raise _refusal("Only http and https URLs can be fetched.")
         if url.userinfo:
             raise _refusal("A URL must not carry a user name or a password.")
-        host = url.raw_host.decode("ascii").lower()
+        try:
+            host = url.raw_host.decode("ascii").lower()
+        except UnicodeEncodeError:  # in an IPv6 address, which nothing else looks at
+            host = ""
         if len(host) > 253 or not (_NAME.fullmatch(host) or _IPV6.fullmatch(host)):
             raise _refusal("The URL has no valid host name.")
         port = _PORTS[url.scheme] if url.port is None else url.port

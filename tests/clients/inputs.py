@@ -99,8 +99,13 @@ UNIVERSAL_SIDE = 128  # of a picture without a start picture, where the server m
 
 
 def steps(count: int) -> list[str]:
-    """The log lines of a request of `count` steps."""
-    return ["in float32, by sdpa attention", *(f"step {step}/{count}" for step in range(1, count + 1))]
+    """The lines that a request's log has of its steps."""
+    return [f"step {step}/{count}" for step in range(1, count + 1)]
+
+
+def log(count: int) -> list[str]:
+    """All lines of a request of `count` steps."""
+    return ["in float32, by sdpa attention", *steps(count)]
 
 
 def drawing(size: tuple[int, int] = (80, 48)) -> Image.Image:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image, ImageStat
 
-from tests.clients.inputs import APP, WATCHED, picture, steps
+from tests.clients.inputs import APP, WATCHED, log, picture
 from tests.support.server import Server
 from tests.support.sites import serving
 
@@ -56,7 +56,7 @@ def test_a_subscriber_sees_each_log_line_once_and_then_the_output(
 ) -> None:
     seen = told[mode]
     assert seen["statuses"][-1] == "COMPLETED"
-    assert seen["lines"] == steps(WATCHED["num_inference_steps"])
+    assert seen["lines"] == log(WATCHED["num_inference_steps"])
     assert seen["result"]["requestId"] == seen["enqueued"]
     stored = alice.get(f"/queue/{APP}/requests/{seen['enqueued']}").json()
     assert seen["result"]["data"] == stored
@@ -64,7 +64,7 @@ def test_a_subscriber_sees_each_log_line_once_and_then_the_output(
 
 def test_a_finished_request_is_found_again_by_its_id(told: dict[str, Any]) -> None:
     assert told["status"]["status"] == "COMPLETED"
-    assert [line["message"] for line in told["status"]["logs"]] == steps(WATCHED["num_inference_steps"])
+    assert [line["message"] for line in told["status"]["logs"]] == log(WATCHED["num_inference_steps"])
     assert told["result"] == told["polling"]["result"]
 
 

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from deployments.connect.hosts import PREFIXES, server_at
 from deployments.connect.tls import tls_in_front
-from tests.clients.inputs import ALICE, ENDPOINT, SMALL, drawing, steps
+from tests.clients.inputs import ALICE, ENDPOINT, SMALL, drawing, log
 from tests.support.node import NODE
 from tests.support.programs import ROOT, done, environment, under_exec
 from tests.support.server import Server, free_port
@@ -72,7 +72,7 @@ def node_path(request: pytest.FixtureRequest, node_packages: Path) -> str:
 
 def check(told: dict[str, Any], server: Server, files: list[Path], http: httpx.Client) -> None:
     """Whether an app got what it asked for, and all of it from our server."""
-    assert told["lines"] == steps(SMALL["num_inference_steps"])
+    assert told["lines"] == log(SMALL["num_inference_steps"])
     assert told["streamed"][-1]["images"][0]["width"] == 64
     for output in (told["subscribed"], told["ran"], told["remade"]):
         url = output["images"][0]["url"]

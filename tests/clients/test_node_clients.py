@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests.clients.conftest import Tell
-from tests.clients.inputs import APP, WATCHED, steps
+from tests.clients.inputs import APP, WATCHED, log
 from tests.support.server import Server
 
 
@@ -42,7 +42,7 @@ def test_subscribe_resolves_to_the_output_of_what_was_enqueued(
 
 @pytest.mark.parametrize("mode", ["polling", "streaming"])
 def test_a_subscriber_has_seen_each_log_line_once(mode: str, told: dict[str, Any]) -> None:
-    assert told[mode]["lines"] == steps(WATCHED["num_inference_steps"])
+    assert told[mode]["lines"] == log(WATCHED["num_inference_steps"])
 
 
 def test_the_request_id_is_the_server_s(way: str, told: dict[str, Any], alice: httpx.Client) -> None:
@@ -57,7 +57,7 @@ def test_the_request_id_is_the_server_s(way: str, told: dict[str, Any], alice: h
 def test_a_finished_request_is_found_again_by_its_id(way: str, told: dict[str, Any]) -> None:
     assert told["status"]["status"] == "COMPLETED"
     assert told["status"]["metrics"]["inference_time"] > 0
-    assert [line["message"] for line in told["status"]["logs"]] == steps(WATCHED["num_inference_steps"])
+    assert [line["message"] for line in told["status"]["logs"]] == log(WATCHED["num_inference_steps"])
     assert output(way, told["result"]) == output(way, told["polling"]["result"])
 
 

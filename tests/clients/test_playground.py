@@ -17,7 +17,7 @@ from deployments.gateway.descriptions import type_name
 from pipelines import registry
 from schemas.errors import FieldError, InputError
 from schemas.jobs import JobResult, Logged, Previewed
-from tests.clients.inputs import ALICE, ENDPOINT, drawing, encoded, steps
+from tests.clients.inputs import ALICE, ENDPOINT, drawing, encoded, log
 from tests.support import values
 from tests.support.gateway import gateway_at_work
 from tests.support.server import Server
@@ -135,7 +135,7 @@ def test_a_connection_that_breaks_loses_nothing_and_repeats_nothing(told: dict[s
     broken = told["broken"]
     assert broken["states"].count("The connection broke; trying again") == 2
     assert "In the queue, 7 ahead" in broken["states"] and broken["left"] == 0
-    assert broken["lines"] == steps(28)
+    assert broken["lines"] == log(28)
 
 
 def test_a_picture_is_chosen_dropped_or_pasted(told: dict[str, Any], server: Server) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.clients.halves import Connect, collected, settled
-from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, REMAKE, SIZE, SMALL, WATCHED, picture, steps
+from tests.clients.inputs import ALICE, APP, ENDPOINT, LONG, REMAKE, SIZE, SMALL, WATCHED, log, picture
 from tests.support.server import Server
 
 
@@ -52,7 +52,7 @@ async def test_subscribe_tells_of_every_step_and_returns_the_output(fal: Any) ->
     )
     [request_id] = enqueued
     assert isinstance(updates[-1], fal_client.Completed)
-    assert [line["message"] for line in updates[-1].logs] == steps(SMALL["num_inference_steps"])
+    assert [line["message"] for line in updates[-1].logs] == log(SMALL["num_inference_steps"])
     assert await settled(fal.result(ENDPOINT, request_id)) == output
 
 
@@ -62,7 +62,7 @@ async def test_a_handle_follows_its_request_to_the_result(fal: Any) -> None:
     *before, last = events
     assert before and all(isinstance(each, fal_client.Queued | fal_client.InProgress) for each in before)
     assert isinstance(last, fal_client.Completed)
-    assert [line["message"] for line in last.logs] == steps(WATCHED["num_inference_steps"])
+    assert [line["message"] for line in last.logs] == log(WATCHED["num_inference_steps"])
     assert last.metrics["inference_time"] > 0
     assert (last.error, last.error_type) == (None, None)
     output = await settled(handle.get())
@@ -74,7 +74,7 @@ async def test_logs_come_only_when_asked_for(fal: Any) -> None:
     await settled(handle.get())
     assert (await settled(handle.status())).logs is None
     logs = (await settled(handle.status(with_logs=True))).logs
-    assert len(logs) == len(steps(SMALL["num_inference_steps"]))
+    assert len(logs) == len(log(SMALL["num_inference_steps"]))
 
 
 async def test_another_client_finds_a_request_by_its_id(fal: Any, connect: Connect) -> None:

@@ -359,7 +359,7 @@ def test_t18_a_body_that_drips_is_given_up(
             ended.exception()  # the connection may have been closed on it
     assert (status, answer["error_type"]) == (408, "request_timeout")
     assert answer["detail"] == answer["message"]
-    assert BODY_GRACE_S - 1 < time.monotonic() - began < BODY_GRACE_S + 10
+    assert BODY_GRACE_S - 1 < time.monotonic() - began < BODY_GRACE_S + 30
     assert gone(server, begun)
 
 

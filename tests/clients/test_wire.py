@@ -34,7 +34,7 @@ from tests.clients.inputs import (
     WATCHED,
     drawing,
     encoded,
-    steps,
+    log,
 )
 from tests.support.server import Server
 from tests.support.watching import follow, submit
@@ -228,7 +228,7 @@ def test_the_status_stream_tells_each_line_once_and_ends_with_the_completion(ali
     receipt = submit(alice, WATCHED)
     statuses = [*follow(alice, receipt)]
     lines = [line["message"] for status in statuses for line in status["logs"]]
-    assert lines == steps(WATCHED["num_inference_steps"])
+    assert lines == log(WATCHED["num_inference_steps"])
     assert [status["status"] for status in statuses].index("COMPLETED") == len(statuses) - 1
     assert all(status.keys() >= COMMON_KEYS for status in statuses)
 
@@ -237,7 +237,8 @@ def test_the_status_stream_of_a_finished_request_is_its_completion(alice: httpx.
     receipt = submit(alice, SMALL)
     finished(alice, receipt)
     [status] = follow(alice, receipt)
-    assert (status["status"], len(status["logs"])) == ("COMPLETED", 3)
+    lines = [line["message"] for line in status["logs"]]
+    assert (status["status"], lines) == ("COMPLETED", log(SMALL["num_inference_steps"]))
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream", "*/*"])

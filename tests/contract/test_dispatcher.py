@@ -456,7 +456,7 @@ async def test_what_runs_for_too_long_is_stopped_and_fails_for_good(
     await queue.submit(job)
     result = await end(queue, job)
     assert (result.status, result.error_type, result.retryable) == (504, "request_timeout", True)
-    await asyncio.wait_for(model.stopped.wait(), 5)
+    await asyncio.wait_for(model.stopped.wait(), 20)
     assert model.running == 0
     assert len(model.order) == 1
 

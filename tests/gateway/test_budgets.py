@@ -197,7 +197,7 @@ async def test_t16_lists_and_texts_without_end_are_refused_within_a_cpu_second(
     assert len(answer.content) < 10_000
     assert answer.json()["detail"][0]["loc"][0] == "body"
     assert place.model.order == []
-    assert spent < 3  # 1 on a core of its own; the client's own sending is in it
+    assert spent < 20  # 1 on a core of its own, with the client's sending; by the square, hours
 
 
 MOST = {"width": 2048, "height": 2048}

@@ -165,12 +165,17 @@ def _sd(kind: Kind, shop: Workshop, folder: Path) -> None:
     stable_diffusion.pipeline(kind, *map(_half, parts)).save_pretrained(folder)
 
 
+def _file(folder: Path) -> Path:
+    """A LoRA's; servers tell weights apart by their files' names."""
+    return folder / f"{folder.name}.safetensors"
+
+
 def _flux_lora(style: str, shop: Workshop, folder: Path) -> None:
-    lora.save(shop.flux_lora(style), "transformer", folder / "lora.safetensors")
+    lora.save(shop.flux_lora(style), "transformer", _file(folder))
 
 
 def _sd_lora(kind: Kind, style: str, shop: Workshop, folder: Path) -> None:
-    lora.save(shop.sd_lora(kind, style), "unet", folder / "lora.safetensors")
+    lora.save(shop.sd_lora(kind, style), "unet", _file(folder))
 
 
 def _flux_canny(shop: Workshop, folder: Path) -> None:

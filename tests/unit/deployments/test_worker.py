@@ -21,6 +21,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from safetensors.torch import save, save_file
 
+from deployments import metrics
 from deployments.affinity import Tier
 from deployments.files.store import FileStore, open_files
 from deployments.worker import Worker
@@ -955,6 +956,24 @@ async def test_a_worker_tells_where_it_holds_what_a_job_needs(make_eager: Make, 
     assert tiers(worker, job) == [Tier.DISK]
     await updates(worker, job)
     assert tiers(worker, job) == [Tier.DEVICE]
+
+
+async def test_the_metrics_hear_where_named_weights_were_and_where_they_lie(
+    make_eager: Make, hub: Hub
+) -> None:
+    worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
+    told: list[tuple[str, float, str | None]] = []
+    metrics.send_to(lambda metric, value, labels: told.append((metric.name, value, labels.get("tier"))))
+    try:
+        await updates(worker, job)
+        await updates(worker, job)
+        worker.measure(worker.holdings().values())
+    finally:
+        metrics.send_to(None)
+    assert [tier for name, _, tier in told if name == metrics.LOOKUPS.name] == ["none", "device"]
+    held = {tier: value for name, value, tier in told if name == metrics.HELD.name}
+    assert held == {"device": sum(each.nbytes for each in worker.holdings().values()), "ram": 0, "disk": 0}
+    assert held["device"] > 0
 
 
 async def test_a_job_joins_the_download_that_was_begun_for_it_and_tells_of_it(

@@ -334,7 +334,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(kind: str, path: Path) -> N
     start = time.process_time()
     with pytest.raises(AssetError, match=sentence) as refusal:
         load(path, unet)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 10
     assert refusal.value.kind == "invalid_weights"
     assert refusal.value.message[-1] == "."
 

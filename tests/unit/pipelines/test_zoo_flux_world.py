@@ -54,9 +54,7 @@ def test_strength_trades_the_input_for_the_prompt() -> None:
 
 @pytest.mark.parametrize("style", world.STYLES[1:])
 def test_a_lora_draws_its_style_at_scale_1_and_not_at_0(style: str) -> None:
-    if f"flux-world-{style}" not in zoo.trained():
-        pytest.skip("this LoRA is not shipped yet: darkroom zoo build")
-    lora = zoo.locate(f"flux-world-{style}") / "lora.safetensors"
+    lora = zoo.locate(f"flux-world-{style}") / f"flux-world-{style}.safetensors"
     wanted, starts = asked(24, seed=6), scenes(24, seed=6)
     without, with_it = (
         flux_world.remade(
