@@ -8,7 +8,7 @@ as it is, the same compiled as diffusers' documentation says, and ours, which is
 `share` is of the card's matrix product of 8192³, measured in the same run. With random weights a threshold
 would never skip, or always, so acceleration is timed by a forced pattern, 11 steps of 28.
 
-`--tiny` does the same with tiny models, on a CPU too: for tests, its figures say nothing.
+`--tiny` does the same with tiny models, uncompiled, on a CPU too: for tests, its figures say nothing.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from pipelines.adapters.bank import LoraUse
 from pipelines.adapters.lora import Lora, LoraLayer
 from pipelines.encodings import Encodings
 from pipelines.engine.sample import Sample
-from pipelines.flux.first_block import Reuse
 from pipelines.flux.model import FluxModel
 from pipelines.flux.plan import Adapters, Conditioning, Denoising, FluxPlan, Row
 from pipelines.flux.sampling import Grid, draw_noise, image_ids, schedule
@@ -126,8 +125,8 @@ class Setup:
         return seconds(call, self.device, self.calls)
 
     def speed(self, **options: Any) -> SpeedSettings:
-        made = SpeedSettings.model_validate({"compile": "regional", **options})
-        return made.model_copy(update={"backend": "eager"}) if self.tiny else made
+        on = {} if self.tiny else {"compile": "regional", "graphs": "auto", "channels_last": True}
+        return SpeedSettings.model_validate({**on, "attention": "auto", **options})
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
@@ -261,7 +260,7 @@ class Forced(Denoising):
     skipped: frozenset[int] = frozenset()
 
     def row(self, step: int) -> Row:
-        return replace(super().row(step), reuse=Reuse(float("inf") if step in self.skipped else 0.0))
+        return replace(super().row(step), reuse=float("inf") if step in self.skipped else 0.0)
 
 
 def flux_sample(
@@ -317,7 +316,11 @@ def flux_model(
         ),
     )
     model = FluxModel(parts, settings)
-    console.print(f"warm-up of {rank=} {speed}: {timed(model.warm):.0f} s, {dict(model.effective)}")
+    took, captured = timed(model.warm), model._transformer.denoiser.captured
+    numbers = model.precision or settings.dtype
+    console.print(
+        f"warm-up of {rank=}: {took:.0f} s; in {numbers}, by {model.attention}, {captured} forwards captured"
+    )
     return model
 
 
@@ -361,8 +364,10 @@ def flux_stock(
         plain[px] = transformer(**inputs)[0]
         ms = setup.time(lambda given=inputs: transformer(**given)) * 1e3  # type: ignore[misc]
         table.add("diffusers", px, 1, ms, flops[px])
+    if setup.tiny:  # tracing alone takes a minute
+        return
     with setup.trying("FLUX in diffusers, compiled"):
-        transformer.compile_repeated_blocks(fullgraph=True, backend="eager" if setup.tiny else "inductor")
+        transformer.compile_repeated_blocks(fullgraph=True)
         for px in setup.sizes:
             inputs = flux_inputs(setup, transformer, text, px)
             remark = apart(transformer(**inputs)[0], plain[px])
@@ -548,11 +553,7 @@ def sd(setup: Setup, kind: Kind, name: str, aim_s: float | None, *, controlled: 
         endpoints=("any",),
         lora_rank=setup.ranks[0],
         batch_tokens=2**20,
-        speed=setup.speed(
-            sizes=[PictureSize(width=px, height=px)],
-            rows=setup.rows,
-            compile="none" if setup.tiny else "regional",  # a UNet's many shapes take minutes to trace
-        ),
+        speed=setup.speed(sizes=[PictureSize(width=px, height=px)], rows=setup.rows),
     )
     flops: dict[str, float] = {}
     with setup.trying(f"{name} in diffusers"):
@@ -562,13 +563,13 @@ def sd(setup: Setup, kind: Kind, name: str, aim_s: float | None, *, controlled: 
             name, parts, Encodings(settings), settings.lora_rank, settings.batch_tokens, speed=settings.speed
         )
         artefacts.keep_in(settings.speed.cache, setup.device, name)
-        kernel = attention.prefer(
-            "auto", base.attention_shape(Cells.of(px, px)), parts.unet.dtype, setup.device
-        )
-        rows = sorted({2 * each for each in setup.rows})
-        took = sum(timed(partial(base.warm, Cells.of(px, px), each)) for each in rows)
-        captured = base.denoiser.captured
-        console.print(f"warm-up: {took:.0f} s, attention {kernel}, {captured} forwards captured")
+        shape = base.attention_shape(Cells.of(px, px))
+        kernel = attention.put_fastest_first(shape, parts.unet.dtype, setup.device)
+        if base.denoiser.is_compiled:
+            rows = sorted({2 * each for each in setup.rows})
+            took = sum(timed(partial(base.warm, Cells.of(px, px), each)) for each in rows)
+            captured = base.denoiser.captured
+            console.print(f"warm-up: {took:.0f} s, by {kernel} attention, {captured} forwards captured")
         for guide in (None, net) if controlled else (None,):
             sd_ours(setup, table, base, guide, px, flops.get("step", 0), aim_s if guide is None else None)
     table.show()
@@ -597,9 +598,11 @@ def sd_stock(setup: Setup, table: Table, parts: Parts, px: int, flops: dict[str,
     table.add(
         "diffusers, a step with guidance", px, 1, setup.time(lambda: unet(**inputs)) * 1e3, flops["step"]
     )
+    if setup.tiny:  # tracing alone takes a minute
+        return
     with setup.trying("the UNet in diffusers, compiled"):
         unet.to(memory_format=torch.channels_last)
-        fast: Any = torch.compile(unet, fullgraph=True, backend="eager" if setup.tiny else "inductor")
+        fast: Any = torch.compile(unet, fullgraph=True)
         remark = apart(fast(**inputs)[0], plain)
         ms = setup.time(lambda: fast(**inputs)) * 1e3
         table.add("diffusers, compiled", px, 1, ms, flops["step"], remark=remark)

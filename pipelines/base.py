@@ -30,8 +30,9 @@ ModelT = TypeVar("ModelT", bound="Model")
 class Model(ABC):
     """A family's resident weights."""
 
-    attention = "sdpa"  # what computes it in a step: PyTorch's own, unless a family says otherwise
+    attention = "sdpa"  # what computes it in a step: PyTorch's own; "sdpa (flash)" by the kernel it chose
     precision: str | None = None  # in which numbers it computes, where not in the settings' dtype
+    float8_layers = 0  # how many of its layers multiply in float8
 
     @classmethod
     @abstractmethod
@@ -50,11 +51,6 @@ class Model(ABC):
 
     def warm(self) -> None:  # noqa: B027 - a model that needs none has none
         """Measure, compile and capture what the first requests will need; may take minutes on a GPU."""
-
-    @property
-    def effective(self) -> Mapping[str, str]:
-        """How its forwards really run: dtype, precision, attention and the like, for the log."""
-        return {}
 
     def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
         """The pixels [3, height, width] of those finished samples that are worth decoding in one call."""

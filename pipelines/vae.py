@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.speed.regions import Backend, Regions
+from pipelines.speed.regions import Regions
 
 SHARED_CELLS = 4096  # of 8 × 8 pixels in one decode; beyond 512 × 512 pixels company saves nothing
 
 
-def compile_decoder(vae: Any, backend: Backend = "inductor") -> None:
+def compile_decoder(vae: Any) -> None:
     """Have `decode` run the decoder compiled, in one graph for all sizes."""
-    Regions(vae, ("Decoder",), backend).is_compiling = True
+    Regions(vae, ("Decoder",)).is_compiling = True
 
 
 def encode(vae: Any, pixels: Tensor) -> Tensor:

@@ -302,18 +302,15 @@ class PictureSize(Settings):
 
 
 class SpeedSettings(Settings):
-    """How the forwards run. But for `quantisation` and `allow_lossy`, pictures change by rounding only."""
+    """How the forwards run. But for `quantisation` and `acceleration`, pictures change by rounding only."""
 
-    compile: Literal["auto", "none", "regional"] = Field(
-        "auto", description="regional: torch.compile of the repeated blocks; auto: that on a GPU, else none"
+    compile: Literal["none", "regional"] = Field(
+        "none", description="regional: torch.compile of the repeated blocks; LoRA banks take twice the memory"
     )
-    backend: Literal["inductor", "aot_eager", "eager"] = Field(
-        "inductor", description="torch.compile's; the others make nothing faster and are for tests"
-    )
-    graphs: Literal["auto", "none"] = Field(
-        "auto",
-        description="auto: on a GPU, forwards of `sizes` and `rows` are captured as CUDA graphs where that "
-        "is measured to be faster",
+    graphs: Literal["none", "auto"] = Field(
+        "none",
+        description="auto, beside compiled blocks on a GPU: forwards of `sizes` and `rows` are captured as "
+        "CUDA graphs where that is measured to be faster",
     )
     sizes: tuple[PictureSize, ...] = Field(
         (PictureSize(width=1024, height=1024),),
@@ -323,35 +320,36 @@ class SpeedSettings(Settings):
     rows: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 2, 3, 4), description="rows of a forward that are made ready, as far as batch_tokens goes"
     )
-    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "math"] = Field(
-        "auto",
-        description="which of torch's kernels comes first on a GPU; auto: the fastest by measurement at the "
-        "start, sdpa: torch's own order",
+    attention: Literal["sdpa", "auto"] = Field(
+        "sdpa",
+        description="sdpa: torch's own order of its kernels; auto: on a GPU the fastest by measurement at "
+        "the start comes first",
     )
-    channels_last: bool | None = Field(
-        None, description="the memory format of convolutions; null: channels last on a GPU"
-    )
+    channels_last: bool = Field(False, description="the memory format of convolutions")
     compile_vae: bool = Field(False, description="torch.compile of the VAE's decoder")
     quantisation: Literal["none", "fp8"] = Field(
         "none",
-        description="fp8: the layers of FLUX's blocks multiply in float8; needs dtype bfloat16 and a GPU of "
-        "compute capability 8.9",
+        description="fp8: the layers of FLUX's blocks multiply in float8; needs dtype bfloat16 and hardware "
+        "for it",
+    )
+    acceleration: Literal["none", "regular", "high"] = Field(
+        "none",
+        description="of FLUX's text-to-image and image-to-image: a step whose first block changes its input "
+        "much like at the last whole step reuses the other blocks' share of that one; high: more often",
     )
     cache: str = Field(
         "~/.cache/darkroom/compiled", description="a folder on a local disk for what has been compiled"
     )
-    allow_lossy: bool = Field(
-        False,
-        description="whether a request's `acceleration` skips work; else the field is taken, to no effect",
-    )
-    regular_threshold: float = Field(
-        0.08,
-        ge=0,
-        le=1,
-        description="with acceleration regular, a step whose first block changes its input by so much like "
-        "the last whole step, relatively, reuses the other blocks' share of that one; 0: never",
-    )
-    high_threshold: float = Field(0.15, ge=0, le=1, description="the same for acceleration high")
+
+    @property
+    def compiles(self) -> bool:
+        return self.compile != "none" or self.compile_vae
+
+    @model_validator(mode="after")
+    def _graphs_of_compiled_blocks(self) -> "SpeedSettings":
+        if self.graphs != "none" and self.compile == "none":
+            raise ValueError("speed.graphs: auto needs compile: regional")
+        return self
 
 
 class ModelSettings(Settings):
@@ -442,7 +440,7 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _fp8_beside_bfloat16(self) -> "ModelSettings":
         if self.speed.quantisation == "fp8" and self.dtype != "bfloat16":
-            raise ValueError(f"quantisation: fp8 needs dtype: bfloat16, not {self.dtype}")
+            raise ValueError(f"speed.quantisation: fp8 needs dtype: bfloat16, not {self.dtype}")
         return self
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from pipelines.adapters.lora import Lora, LoraLayer
-from pipelines.adapters.uploading import Uploading
+from pipelines.adapters.uploading import uploaded
 from schemas.errors import AssetError
 
 Adaptable = nn.Linear | nn.Conv2d  # convolutions without groups
@@ -223,7 +223,6 @@ class LoraBank:
         self.active: _Active | None = None
         self.staged: Tensor | None = None  # the scales of a staged forward under way, [rows, width]
         self._targets = targets
-        self._uploading = Uploading(next(iter(targets.values())).weight.device if targets else None)
         self._on_stage: dict[str, range] = {}  # which ranks of the stage an adapter has
         self._layers: dict[str, _Layer] = {}  # made when an adapter first targets them
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
@@ -231,8 +230,7 @@ class LoraBank:
         if self.is_staged:
             with torch.inference_mode():
                 self._layers = {name: _Layer(self, name, module) for name, module in targets.items()}
-                weight = next(iter(targets.values())).weight
-                self._scales = torch.zeros(staged_rows * rank, device=weight.device)
+                self._scales = torch.zeros(staged_rows * rank, device=self._device)
 
     def hold(self, loras: Mapping[str, Lora]) -> None:
         """Make adapters resident and keep them so until `release`; waits while others need the room.
@@ -300,6 +298,10 @@ class LoraBank:
         return not self._apart(used) and not any(self._residents[use.name].is_biased for use in used)
 
     @property
+    def _device(self) -> torch.device:
+        return next(iter(self._targets.values())).weight.device
+
+    @property
     def names(self) -> list[str]:
         """The adapters that are here."""
         with self._changed:
@@ -365,10 +367,10 @@ class LoraBank:
     def _write(self, resident: _Resident, layers: Mapping[str, LoraLayer]) -> None:
         for key, layer in layers.items():
             _check_range(layer, dtype_of(self._targets[key]))
-        with torch.inference_mode(), self._uploading.stream():
+        with torch.inference_mode():
             for key in layers.keys() - self._layers.keys():
                 self._layers[key] = _Layer(self, key, self._targets[key])
-            given = self._uploading.uploaded(layers)
+            given = uploaded(layers, self._device) if layers else layers
             for key, own in self._layers.items():
                 own.put(resident.start, resident.stop, given.get(key))
         resident.is_biased = any(layer.bias is not None for layer in layers.values())

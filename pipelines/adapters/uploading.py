@@ -1,7 +1,6 @@
-"""The way of adapters from RAM to a GPU: beside its work, and in few copies."""
+"""The way of adapters from RAM to a GPU: in few copies."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,34 +9,9 @@ from torch import Tensor
 from pipelines.adapters.lora import LoraLayer
 
 
-class Uploading:
-    """To `device`; where that is no GPU nothing is moved. Used by one thread at a time."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = device
-        self._is_gpu = device is not None and device.type == "cuda"
-        self._side: torch.cuda.Stream | None = None  # made when it is first needed
-
-    @contextmanager
-    def stream(self) -> Iterator[None]:
-        """What is copied inside is there at the end, and the forwards under way run on meanwhile.
-
-        It begins when the GPU has done what was asked of it before: that may still read what is written.
-        """
-        if not self._is_gpu:
-            yield
-            return
-        self._side = self._side or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._side.wait_stream(torch.cuda.default_stream(self._device))
-        with torch.cuda.stream(self._side):
-            yield
-        self._side.synchronize()
-
-    def uploaded(self, layers: Mapping[str, LoraLayer]) -> Mapping[str, LoraLayer]:
-        """The layers on the device, in the dtypes that they have. Tensors of one block come in one copy."""
-        if not self._is_gpu:
-            return layers
-        return in_blocks(layers, lambda block: block.to(self._device, non_blocking=True))
+def uploaded(layers: Mapping[str, LoraLayer], device: torch.device) -> Mapping[str, LoraLayer]:
+    """The layers on a GPU, in the dtypes that they have; elsewhere nothing is moved."""
+    return layers if device.type != "cuda" else in_blocks(layers, lambda block: block.to(device))
 
 
 def in_blocks(layers: Mapping[str, LoraLayer], moved: Callable[[Tensor], Tensor]) -> Mapping[str, LoraLayer]:

@@ -7,24 +7,18 @@ added then is added again: a first-block cache (ParaAttention; FirstBlockCache i
 The parts together are FluxTransformer2DModel.forward of diffusers 0.42.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# how much the first block's change may differ from that of the last whole step, relatively, by acceleration
+THRESHOLDS: Mapping[str, float] = MappingProxyType({"regular": 0.08, "high": 0.15})
+
 Residuals = list[Tensor] | None  # one for each block, [rows, tokens, width]
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """How much the first block's change may differ from that of the last whole step, relatively."""
-
-    threshold: float
-
-    def allows(self, difference: float) -> bool:
-        return difference < self.threshold
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,7 +23,7 @@ from pipelines.engine.sample import Sample
 from pipelines.flux import controlnet_file, easycontrol
 from pipelines.flux.controlnet_file import ControlNetConfig
 from pipelines.flux.easycontrol import EasyControl
-from pipelines.flux.first_block import Remembered, Reuse
+from pipelines.flux.first_block import THRESHOLDS, Remembered
 from pipelines.flux.lora_keys import WIDE, norms, targets, translator
 from pipelines.flux.plan import Conditioning, FluxPlan
 from pipelines.flux.redux import Redux
@@ -70,13 +70,13 @@ class FluxModel(Model):
         self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
         self._easycontrols: Cache[str, EasyControl] = Cache(settings.lora_ram_bytes)
         self._speed = settings.speed
-        self._rows = settings.batch_tokens
-        self._attention = "as torch likes"
-        self._float8 = 0  # layers
+        self._batch_tokens = settings.batch_tokens
+        self.reuse = THRESHOLDS.get(settings.speed.acceleration)  # None: every step is whole
         if settings.speed.quantisation == "fp8":
             fp8.check_device(self._device)
-            self._float8 = fp8.quantise(components.transformer, BLOCKS)
-        staged = staged_rows(settings.speed, settings.batch_tokens, self._device)
+            self.float8_layers = fp8.quantise(components.transformer, BLOCKS)
+            self.precision = f"float8 ({self.float8_layers} layers) and {settings.dtype}"
+        staged = staged_rows(settings.speed, settings.batch_tokens)
         self._bank = LoraBank(self._linears("transformer"), settings.lora_rank, staged_rows=staged)
         texts = self._linears("text_encoder") | self._linears("text_encoder_2")
         self._text_bank = LoraBank(texts, settings.lora_rank)
@@ -90,9 +90,10 @@ class FluxModel(Model):
         components = FluxPipeline.from_pretrained(locate(settings.model), dtype=dtype)
         components.set_progress_bar_config(disable=True)
         components.to(settings.device)
-        channels_last([components.vae], settings.speed, components.transformer.device)
+        if settings.speed.channels_last:
+            channels_last(components.vae)
         if settings.speed.compile_vae:
-            compile_decoder(components.vae, settings.speed.backend)
+            compile_decoder(components.vae)
         width = components.transformer.config.joint_attention_dim
         redux = Redux.load(locate(settings.redux), settings.device, dtype, width) if settings.redux else None
         depth = DepthEstimator.load(locate(settings.depth), settings.device) if settings.depth else None
@@ -101,39 +102,21 @@ class FluxModel(Model):
     @torch.inference_mode()
     def warm(self) -> None:
         speed, config = self._speed, self._parts.transformer.config
-        if not self._transformer.denoiser.is_compiled:
+        grids = [Grid.of(size.width, size.height) for size in speed.sizes]
+        if speed.attention == "auto" and grids:
+            tokens = max(grid.tokens for grid in grids) + self._max_sequence_length
+            shape = (1, config.num_attention_heads, tokens, config.attention_head_dim)
+            self.attention = attention.put_fastest_first(shape, self._dtype, self._device)
+        if not speed.compiles:
             return
         artefacts.keep_in(speed.cache, self._device, self._name)
-        grids = [Grid.of(size.width, size.height) for size in speed.sizes]
-        tokens = max(grid.tokens for grid in grids) + self._max_sequence_length if grids else 0
-        if tokens:
-            shape = (1, config.num_attention_heads, tokens, config.attention_head_dim)
-            self._attention = attention.prefer(speed.attention, shape, self._dtype, self._device)
         with told("FLUX"):
-            for grid in grids:
+            for grid in grids if self._transformer.denoiser.is_compiled else []:
                 for rows in speed.rows:
-                    if rows == 1 or rows * grid.tokens <= self._rows:
+                    if rows == 1 or rows * grid.tokens <= self._batch_tokens:
                         self._transformer.warm(grid, self._max_sequence_length, rows)
-            if speed.compile_vae and grids:
-                self.decode(self.to_device(draw_noise(grids[0], 0)), grids[0])
-
-    @property
-    def effective(self) -> Mapping[str, str]:
-        denoiser = self._transformer.denoiser
-        return {
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "float8": f"{self._float8} layers",
-            "attention": self._attention,
-            "compiled": "blocks" if denoiser.is_compiled else "nothing",
-            "captured": str(denoiser.captured),
-        }
-
-    def reuse(self, acceleration: str) -> Reuse | None:
-        """What a request's `acceleration` allows here; None: nothing is skipped."""
-        thresholds = {"regular": self._speed.regular_threshold, "high": self._speed.high_threshold}
-        if not self._speed.allow_lossy or acceleration not in thresholds:
-            return None
-        return Reuse(thresholds[acceleration])
+            for grid in grids if speed.compile_vae else []:
+                self.decode(self.to_device(draw_noise(grid, 0)), grid)
 
     def on_device(self) -> set[str]:
         return {name.partition(" ")[0] for name in [*self._bank.names, *self.adapters.names]}
@@ -264,7 +247,7 @@ class FluxModel(Model):
             rows, [sample.latents for sample in samples], plans[0].grid, known, steps
         )
         for sample, row, memory in zip(samples, rows, memories, strict=True):
-            if row.reuse:
+            if row.reuse is not None:
                 reused = {sample.step} if memory is sample.memory else set()
                 sample.reused = sample.reused - {sample.step} | reused
                 sample.memory = memory

@@ -13,7 +13,6 @@ from pipelines.engine.sample import Advanced, Plan
 from pipelines.flux.attention import KeyValues
 from pipelines.flux.controlnet import ControlUse
 from pipelines.flux.easycontrol import Condition
-from pipelines.flux.first_block import Reuse
 from pipelines.flux.sampling import (
     Grid,
     denoised,
@@ -83,7 +82,7 @@ class Row:
     controls: tuple[ControlUse, ...] = ()
     conditions: tuple[Attended, ...] = ()
     reference: Reference | None = None
-    reuse: Reuse | None = None  # of an earlier step's blocks; None: never
+    reuse: float | None = None  # an earlier step's blocks, where the first changed by less; None: never
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +136,7 @@ class Denoising(Leg):
     pull: Pull | None = None
     sampler: Sampler = "euler"
     zero_init: bool = False
-    reuse: Reuse | None = None
+    reuse: float | None = None
 
     @property
     def steps(self) -> int:

@@ -65,7 +65,7 @@ class AdaptedTransformer:
         asked = len(rows)
         rows, latents, references = _with_references(rows, latents)
         batch = self._batch(rows, references, self._inputs(rows, latents, grid), grid)
-        if any(row.reuse for row in rows):
+        if any(row.reuse is not None for row in rows):
             velocity, known = self._reusing(batch, known, step or [0] * asked)
         else:
             with self._steered(batch, range(len(rows))):
@@ -117,7 +117,7 @@ class AdaptedTransformer:
             image |= zip(whole, found, strict=True)
         memories = list(known)
         for index in whole:
-            if index < len(known) and batch.rows[index].reuse:
+            if index < len(known) and batch.rows[index].reuse is not None:
                 added = image[index] - under.image[index]
                 memories[index] = Remembered(step[index], first[index].clone(), added)
         with self._steered(batch, everyone):
@@ -206,16 +206,15 @@ def _reusable(
         index: remembered
         for index, remembered in enumerate(known)
         # a step that runs again, because its batch failed, must not reuse itself
-        if rows[index].reuse and remembered and remembered.step < step[index]
+        if rows[index].reuse is not None and remembered and remembered.step < step[index]
     }
     if not asking:
         return {}
     differences = torch.stack([each.difference(first[index]) for index, each in asking.items()]).tolist()
-    allowed = {index: rows[index].reuse for index in asking}
     return {
         index: remembered
         for (index, remembered), difference in zip(asking.items(), differences, strict=True)
-        if (reuse := allowed[index]) and reuse.allows(difference)
+        if (threshold := rows[index].reuse) is not None and difference < threshold
     }
 
 

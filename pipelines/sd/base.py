@@ -23,7 +23,7 @@ from pipelines.sd import controlnet_file, ic_light, ip_adapter_file
 from pipelines.sd.controlnet_file import ControlNetConfig
 from pipelines.sd.embeddings import TokenEmbedding
 from pipelines.sd.embeddings import read as read_embedding
-from pipelines.sd.grid import CHANNELS, Grid
+from pipelines.sd.grid import Grid
 from pipelines.sd.ic_light import IcLight
 from pipelines.sd.image_attention import cross_attention
 from pipelines.sd.ip_adapter import IpAdapter
@@ -44,7 +44,8 @@ class Base:
     """The components of a checkpoint, called by our own loop.
 
     `name` tells it apart from all others. A forward of its UNet holds at most `batch_tokens` image tokens.
-    `text_bank` and `origin` are those of another base with the same text encoders and the same VAE.
+    `text_bank` and `origin` are those of another base with the same text encoders and the same VAE. `speed`
+    says how its forwards run; without it as they are.
     """
 
     def __init__(
@@ -72,10 +73,12 @@ class Base:
         self.targets = targets(parts.unet, parts.text_encoders)
         self._translate = translator(self.targets)
         unet, texts = self._layers("unet"), self._layers("text_encoder") | self._layers("text_encoder_2")
-        channels_last([parts.unet, parts.vae], speed, self._device)
-        if speed.compile_vae and origin is None:
-            vae.compile_decoder(parts.vae, speed.backend)
-        staged = staged_rows(speed, batch_tokens, self._device)
+        if speed.channels_last:
+            channels_last(parts.unet)
+            channels_last(parts.vae)
+        if speed.compile_vae:
+            vae.compile_decoder(parts.vae)
+        staged = staged_rows(speed, batch_tokens)
         self._bank = LoraBank(unet, lora_rank, staged_rows=staged)
         self._text_bank = text_bank or LoraBank(texts, lora_rank)
         self._unet = AdaptedUnet(parts.unet, self._bank, batch_tokens, speed)
@@ -86,7 +89,6 @@ class Base:
             batch_tokens=batch_tokens,
             text_bank=self._text_bank,
             origin=self._origin,
-            speed=speed,
         )
 
     @property
@@ -105,10 +107,8 @@ class Base:
         return self._unet.denoiser
 
     def warm(self, grid: Grid, rows: int) -> None:
-        """Make forwards of so many rows ready, and the decoder for pictures of this size."""
-        row = self._empty_row(grid)
-        self._unet.warm([row] * rows)
-        self.decode(torch.zeros(CHANNELS, grid.rows, grid.columns, device=self._device))
+        """Make forwards of so many rows ready."""
+        self._unet.warm([self._empty_row(grid)] * rows)
 
     def attention_shape(self, grid: Grid) -> tuple[int, int, int, int]:
         """Of the widest queries that the UNet has for a picture with guidance: rows, heads, tokens, size."""

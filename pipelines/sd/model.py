@@ -22,11 +22,11 @@ from pipelines.sd import image_encoder, loading
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.checkpoints import LIMITS
 from pipelines.sd.expand import Expander
-from pipelines.sd.grid import Grid
+from pipelines.sd.grid import CHANNELS, Grid
 from pipelines.sd.text import Encoding
 from pipelines.speed import artefacts, attention
 from pipelines.speed.denoiser import channels_last, told
-from schemas.settings import ModelSettings
+from schemas.settings import ModelSettings, SpeedSettings
 
 
 class SdModel(Model):
@@ -49,16 +49,17 @@ class SdModel(Model):
         self.limits = settings.limits
         self.finds_edges = settings.finds_edges
         self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
-        if settings.speed.quantisation != "none":
-            raise ValueError(f"quantisation: {settings.speed.quantisation} is for FLUX")
+        for name in ("quantisation", "acceleration"):
+            if (wish := getattr(settings.speed, name)) != "none":
+                raise ValueError(f"speed.{name}: {wish} is for FLUX")
         self._settings = settings
-        self._attention = "as torch likes"
         self._source = source
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
         self._encodings: Encodings[Encoding] = Encodings(settings)
         self._faces = cache(partial(FaceAnalyser.load, device=settings.device))
-        own = self._wanted(str(source), source)
+        # those that requests bring along run as they are: nobody is to wait for a compiler
+        own = self._wanted(str(source), source, speed=settings.speed)
         self.base = own.load()
         self._bases: Residents[Base] = Residents(max(0, settings.bases.memory_bytes - own.measure()))
 
@@ -69,6 +70,8 @@ class SdModel(Model):
         if settings.controlnet:
             model.controlnet = ControlNetModel.from_pretrained(locate(settings.controlnet), dtype=dtype)
             model.controlnet.requires_grad_(False).to(settings.device)
+            if settings.speed.channels_last:
+                channels_last(model.controlnet)
         if settings.expander:
             tokenizer = model.base.tokenizer
             model.expander = Expander.load(locate(settings.expander), settings.device, tokenizer)
@@ -76,31 +79,21 @@ class SdModel(Model):
 
     def warm(self) -> None:
         speed, base = self._settings.speed, self.base
-        if not base.denoiser.is_compiled:
-            return
         device = torch.device(self._settings.device)
-        artefacts.keep_in(speed.cache, device, self._settings.model)
         grids = [Grid.of(size.width, size.height) for size in speed.sizes]
-        if grids:
+        if speed.attention == "auto" and grids:
             shape = base.attention_shape(max(grids, key=lambda grid: grid.rows * grid.columns))
-            self._attention = attention.prefer(speed.attention, shape, self._dtype, device)
-        if self.controlnet is not None:
-            channels_last([self.controlnet], speed, device)
+            self.attention = attention.put_fastest_first(shape, self._dtype, device)
+        if not speed.compiles:
+            return
+        artefacts.keep_in(speed.cache, device, self._settings.model)
         with told(self._settings.model):
-            for grid in grids:
+            for grid in grids if base.denoiser.is_compiled else []:
                 for rows in sorted({1, *(2 * each for each in speed.rows)}):  # with guidance each has two
                     if rows <= 2 or rows * grid.rows * grid.columns // 4 <= self._settings.batch_tokens:
                         base.warm(grid, rows)
-
-    @property
-    def effective(self) -> Mapping[str, str]:
-        denoiser = self.base.denoiser
-        return {
-            "dtype": self._settings.dtype,
-            "attention": self._attention,
-            "compiled": "blocks" if denoiser.is_compiled else "nothing",
-            "captured": str(denoiser.captured),
-        }
+            for grid in grids if speed.compile_vae else []:
+                base.decode(torch.zeros(CHANNELS, grid.rows, grid.columns, device=device))
 
     def hold_base(
         self, path: Path, held: ExitStack, *, variant: str | None = None, unet: Path | None = None
@@ -155,7 +148,12 @@ class SdModel(Model):
         return self._source if path == Path(self._settings.model) else path
 
     def _wanted(
-        self, name: str, source: Path | str, variant: str | None = None, unet: Path | None = None
+        self,
+        name: str,
+        source: Path | str,
+        variant: str | None = None,
+        unet: Path | None = None,
+        speed: SpeedSettings | None = None,
     ) -> Wanted[Base]:
         settings = self._settings
         blueprint = cache(partial(loading.inspect, source, self._dtype, variant=variant, unet=unet))
@@ -163,6 +161,6 @@ class SdModel(Model):
         def load() -> Base:
             parts = blueprint().load(settings.device)
             rank, tokens = settings.lora_rank, settings.batch_tokens
-            return Base(name, parts, self._encodings, rank, tokens, speed=settings.speed)
+            return Base(name, parts, self._encodings, rank, tokens, speed=speed)
 
         return Wanted(lambda: blueprint().nbytes, load)

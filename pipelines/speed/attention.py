@@ -31,31 +31,26 @@ FUSED = ("cudnn", "flash", "efficient")  # the other one holds all weights of al
 Shape = tuple[int, int, int, int]  # rows, heads, tokens, size of a head
 
 
-def prefer(wish: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
-    """Put the wished kernel first, or the fastest ("auto"), or leave torch its order ("sdpa").
+def put_fastest_first(shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    """Time the kernels on a GPU, and have torch try them in that order; elsewhere nothing is changed.
 
-    Returns the name of the kernel that runs for this shape then. Elsewhere than on a GPU nothing is changed.
-    Raises ValueError where a kernel that is asked for by name cannot run.
+    Returns how attention of this shape is computed then: "sdpa (flash)".
     """
     heads = torch.randn(3, *shape, device=device, dtype=dtype).unbind()
-    if device.type == "cuda" and wish != "sdpa":
-        asked = (wish,) if wish in KERNELS else FUSED
-        times = {name: _time(kernel, heads) for name, kernel in KERNELS.items() if name in asked}
+    if device.type == "cuda":
+        times = {name: _time(KERNELS[name], heads) for name in FUSED}
         usable = {name: time for name, time in times.items() if time is not None}
-        if not usable:
-            raise ValueError(f"attention: {wish} cannot run here for {dtype} and {shape}.")
-        logger.info(
-            "attention of %s, milliseconds: %s", shape, {n: round(t * 1e3, 3) for n, t in usable.items()}
-        )
-        _put_first(sorted(usable, key=lambda name: usable[name]))
-    return effective(heads)
+        told = {name: round(time * 1e3, 3) for name, time in usable.items()}
+        logger.info("attention of %s, milliseconds: %s", shape, told)
+        put_first(sorted(usable, key=lambda name: usable[name]))
+    return f"sdpa ({chosen(heads)})"
 
 
-def effective(heads: Sequence[Tensor]) -> str:
+def chosen(heads: Sequence[Tensor]) -> str:
     """The name of the kernel that torch takes for queries, keys and values [rows, heads, tokens, size]."""
     query, key, value = heads
-    chosen: int = torch._fused_sdp_choice(query, key, value)
-    return next((name for name, kernel in KERNELS.items() if _number(kernel) == chosen), f"kernel {chosen}")
+    choice: int = torch._fused_sdp_choice(query, key, value)
+    return next((name for name, kernel in KERNELS.items() if _number(kernel) == choice), f"kernel {choice}")
 
 
 def _number(kernel: Any) -> int:
@@ -63,7 +58,8 @@ def _number(kernel: Any) -> int:
     return int(kernel)
 
 
-def _put_first(names: Sequence[str]) -> None:
+def put_first(names: Sequence[str]) -> None:
+    """Have torch try these kernels in this order, and the others after them."""
     first = [_number(KERNELS[name]) for name in names]
     rest = [each for each in torch._C._get_sdp_priority_order() if each not in first]
     torch._C._set_sdp_priority_order([*first, *rest])

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Denoiser:
         self._module = module
         self._bank = bank
         self._device: torch.device = module.device
-        self._regions = Regions(module, kinds, speed.backend) if compiles(speed, self._device) else None
+        self._regions = Regions(module, kinds) if speed.compile == "regional" else None
         self._captures = Captures(self._device)
         self._takes_graphs = speed.graphs == "auto"
         self._width = 0  # of the stage in the forward under way
@@ -60,11 +60,10 @@ class Denoiser:
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self._is_fast and self._regions is not None:
-                stack.enter_context(self._regions.compiled())
-            staged = self._bank.staged
-            self._width = 0 if staged is None else staged.shape[1]
+        staged = self._bank.staged
+        self._width = 0 if staged is None else staged.shape[1]
+        compiled = self._regions.compiled() if self._is_fast and self._regions else nullcontext()
+        with compiled:
             yield
 
     def __call__(self, inputs: Mapping[str, Any], key: Hashable = None) -> Tensor:
@@ -88,16 +87,12 @@ class Denoiser:
         return (0, *stage_widths(self._bank.rank)) if self._bank.is_staged else (0,)
 
 
-def compiles(speed: SpeedSettings, device: torch.device) -> bool:
-    return speed.compile == "regional" or (speed.compile == "auto" and device.type == "cuda")
-
-
 LEAST_TOKENS = 16  # of a picture, 64 × 64 pixels
 
 
-def staged_rows(speed: SpeedSettings, batch_tokens: int, device: torch.device) -> int:
+def staged_rows(speed: SpeedSettings, batch_tokens: int) -> int:
     """For how many rows a bank needs a stage: as many as a forward may have; none without compiling."""
-    return max(1, batch_tokens // LEAST_TOKENS) if compiles(speed, device) else 0
+    return max(1, batch_tokens // LEAST_TOKENS) if speed.compile == "regional" else 0
 
 
 @contextmanager
@@ -108,8 +103,6 @@ def told(what: str) -> Iterator[None]:
     logger.info("%s is warm after %.1f s, with %d graphs", what, time.monotonic() - began, graphs() - before)
 
 
-def channels_last(modules: Iterable[nn.Module], speed: SpeedSettings, device: torch.device) -> None:
-    """Put the convolutions' weights into the order that GPUs like, where the settings say so."""
-    if speed.channels_last or (speed.channels_last is None and device.type == "cuda"):
-        for module in modules:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def channels_last(module: nn.Module) -> None:
+    """Put the convolutions' weights into the order that GPUs like."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -16,11 +16,10 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 LEAST = 1e-12  # of a scale: a row of zeros stays zeros
 MULTIPLE = 16  # both sides of a weight, for the GPU's kernels
-CAPABILITY = (8, 9)
 
 
 class Unsupported(ValueError):
-    """The setting `quantisation: fp8` cannot be honoured here."""
+    """The setting `speed.quantisation: fp8` cannot be honoured here."""
 
 
 class Float8Linear(nn.Linear):
@@ -69,18 +68,17 @@ def quantise(module: nn.Module, blocks: tuple[str, ...]) -> int:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise Unsupported where there is no float8 in hardware. On a CPU it is emulated, slowly, for tests."""
-    if device.type == "cpu":
-        return
-    if device.type != "cuda":
-        raise Unsupported(f"quantisation: fp8 needs a CUDA device, not {device.type}.")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise Unsupported(
-            f"quantisation: fp8 needs compute capability 8.9 (Ada, Hopper or later); {name} has "
-            f"{capability[0]}.{capability[1]}."
-        )
+    """Raise Unsupported where such a layer does not run. On a CPU it is emulated, slowly, for tests."""
+    layer = nn.Linear(MULTIPLE, MULTIPLE, device=device, dtype=torch.bfloat16)
+    _narrow(layer)
+    try:
+        layer(torch.ones(1, MULTIPLE, device=device, dtype=torch.bfloat16))
+    except RuntimeError as error:
+        raise Unsupported(f"speed.quantisation: fp8 does not run on {_named(device)}: {error}") from error
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _fits(layer: nn.Linear) -> bool:
@@ -88,7 +86,7 @@ def _fits(layer: nn.Linear) -> bool:
 
 
 def _narrow(layer: Any) -> None:
-    weight, scale = to_float8(layer.weight)
+    weight, scale = to_float8(layer.weight.detach())
     layer.computes_in = layer.weight.dtype
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.register_buffer("weight_scale", scale.t().contiguous())

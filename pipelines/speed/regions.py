@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 GRAPHS = 128  # of one class of blocks; beyond it torch gives up and says so
 
-Backend = str | Callable[..., Any]
+BACKEND = "inductor"  # torch.compile's; tests take one that compiles nothing
 
 
 class Regions:
@@ -29,14 +29,7 @@ class Regions:
     Used by one thread at a time.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        kinds: tuple[str, ...],
-        backend: Backend = "inductor",
-        *,
-        dynamic: bool = True,
-    ) -> None:
+    def __init__(self, module: nn.Module, kinds: tuple[str, ...]) -> None:
         symbols.use_duck_shape = False  # sizes that are equal once need not be so again
         self.is_compiling = False
         blocks = [each for each in module.modules() if type(each).__name__ in kinds]
@@ -44,9 +37,9 @@ class Regions:
         forwards = {
             kind: torch.compile(  # type: ignore[call-overload]  # its stubs lack the last two
                 kind.forward,
-                backend=backend,
+                backend=BACKEND,
                 fullgraph=True,
-                dynamic=dynamic,
+                dynamic=True,
                 recompile_limit=GRAPHS,
                 isolate_recompiles=True,
             )

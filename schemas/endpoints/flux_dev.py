@@ -1,6 +1,6 @@
 """`fal-ai/flux/dev`: text to image with FLUX.1 [dev]."""
 
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from pydantic import BaseModel, Field
 
@@ -18,11 +18,6 @@ from schemas.fields import (
 )
 from schemas.settings import Limits
 
-ACCELERATION: Final = (
-    "Steps that hardly differ from an earlier one reuse most of it: faster, and not quite the same picture. "
-    "On a server that does not allow that, nothing is skipped."
-)
-
 
 class Input(EndpointInput):
     """What a caller sends."""
@@ -39,7 +34,6 @@ class Input(EndpointInput):
     sync_mode: bool = Field(False, description="Return the pictures inside the answer, as data URIs.")
     num_images: int = Field(1, ge=1, le=4, description="The number of images to generate.")
     enable_safety_checker: bool = Field(True, description="Blacken pictures that are not safe.")
-    acceleration: Literal["none", "regular", "high"] = Field("none", description=ACCELERATION)
 
     def check(self, limits: Limits) -> None:
         size = resolve(self.image_size)

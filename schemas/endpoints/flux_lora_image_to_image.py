@@ -43,7 +43,6 @@ class Input(EndpointInput):
     strength: float = Field(
         0.85, ge=0.01, le=1, description="1 remakes the picture entirely; towards 0 it is kept."
     )
-    acceleration: Literal["none", "regular"] = Field("none", description=flux_dev.ACCELERATION)
 
     def check(self, limits: Limits) -> None:
         if self.image_size is not None:

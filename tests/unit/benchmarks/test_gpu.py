@@ -15,7 +15,6 @@ from benchmarks import gpu
             "flux",
             {
                 "diffusers",
-                "diffusers, compiled",
                 "ours",
                 "a picture, bf16",
                 "3 LoRA of rank 4",
@@ -23,7 +22,7 @@ from benchmarks import gpu
             },
         ),
         ("sdxl", {"diffusers, a step with guidance", "ours", "ours, ControlNet"}),
-        ("sd15", {"diffusers, compiled", "ours", "ours, a picture of 30 steps"}),
+        ("sd15", {"ours", "ours, a picture of 30 steps"}),
     ],
 )
 def test_every_part_runs_and_tells(

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from pydantic import ValidationError
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from pipelines import vae
-from pipelines.speed import artefacts, attention
+from pipelines.speed import artefacts, attention, regions
 from pipelines.speed.captures import Captures
-from pipelines.speed.denoiser import channels_last, compiles, staged_rows
+from pipelines.speed.denoiser import channels_last, staged_rows
 from schemas.settings import SpeedSettings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -29,22 +31,35 @@ def test_artefacts_lie_apart_by_torch_device_and_model(
     assert artefacts.keep_in(str(tmp_path), CPU, "another") == path
 
 
-def test_compiling_is_for_gpus_unless_one_says_otherwise() -> None:
-    assert [compiles(SpeedSettings(), device) for device in (CPU, GPU)] == [False, True]
-    assert not compiles(SpeedSettings(compile="none"), GPU)
-    assert compiles(SpeedSettings(compile="regional"), CPU)
-    assert (staged_rows(SpeedSettings(), 4096, CPU), staged_rows(SpeedSettings(), 4096, GPU)) == (0, 256)
+def test_nothing_is_done_for_speed_unless_the_operator_says_so() -> None:
+    usual = SpeedSettings()
+    assert (usual.compile, usual.graphs, usual.attention) == ("none", "none", "sdpa")
+    assert (usual.quantisation, usual.acceleration) == ("none", "none")
+    assert not (usual.channels_last or usual.compile_vae or usual.compiles)
+    assert staged_rows(usual, 4096) == 0
+    assert staged_rows(SpeedSettings(compile="regional"), 4096) == 256
 
 
-def test_the_kernel_that_runs_is_told() -> None:
-    assert attention.prefer("auto", (1, 2, 64, 16), torch.float32, CPU) in ("flash", "math")
+def test_graphs_without_compiled_blocks_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"speed\.graphs: auto needs compile: regional"):
+        SpeedSettings(graphs="auto")
 
 
-def test_convolutions_go_channels_last_where_asked() -> None:
+def test_the_kernel_that_runs_is_told_and_the_order_of_others_kept() -> None:
+    assert attention.put_fastest_first((1, 2, 64, 16), torch.float32, CPU) in ("sdpa (flash)", "sdpa (math)")
+    before = torch._C._get_sdp_priority_order()
+    try:
+        attention.put_first(["efficient", "math"])
+        first, second, *rest = torch._C._get_sdp_priority_order()
+        assert (first, second) == (int(SDPBackend.EFFICIENT_ATTENTION), int(SDPBackend.MATH))  # type: ignore[call-overload]
+        assert rest == [each for each in before if each not in (first, second)]
+    finally:
+        torch._C._set_sdp_priority_order(before)
+
+
+def test_convolutions_go_channels_last() -> None:
     layer = nn.Conv2d(4, 8, 3)
-    channels_last([layer], SpeedSettings(), CPU)
-    assert layer.weight.is_contiguous()
-    channels_last([layer], SpeedSettings(channels_last=True), CPU)
+    channels_last(layer)
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -54,10 +69,13 @@ def test_nothing_is_captured_without_a_gpu() -> None:
     assert len(captures) == 0
 
 
-def test_a_compiled_decoder_makes_the_same_picture_in_every_size(flux_folder: Path) -> None:
+def test_a_compiled_decoder_makes_the_same_picture_in_every_size(
+    flux_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regions, "BACKEND", "eager")
     plain, fast = (AutoencoderKL.from_pretrained(flux_folder, subfolder="vae") for _ in range(2))
-    vae.compile_decoder(fast, "eager")
-    channels_last([fast], SpeedSettings(channels_last=True), CPU)
+    vae.compile_decoder(fast)
+    channels_last(fast)
     draw = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for size in ((6, 8), (9, 4)):

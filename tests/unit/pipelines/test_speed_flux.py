@@ -17,17 +17,17 @@ from pipelines.base import Assets
 from pipelines.engine.engine import Engine
 from pipelines.engine.sample import Sample
 from pipelines.flux import flux_lora_image_to_image
-from pipelines.flux.first_block import Reuse
+from pipelines.flux.first_block import begin, end, others
 from pipelines.flux.flux_dev import Pipeline
 from pipelines.flux.model import FluxModel
 from pipelines.flux.plan import Adapters, Conditioning, Denoising, FluxPlan
 from pipelines.flux.sampling import Grid, draw_noise, schedule
+from pipelines.speed import regions
 from pipelines.speed.regions import graphs
 from schemas.endpoints.flux_dev import Input
 from schemas.endpoints.flux_lora_image_to_image import Input as EditInput
 from schemas.settings import ModelSettings, PictureSize, SpeedSettings
 from tests.support.engine import run_to_end
-from tests.support.fields import shows
 from tests.support.loras import write_lora
 
 TEXT = 32
@@ -40,7 +40,7 @@ def load(folder: Path, **speed: Any) -> FluxModel:
         model=str(folder),
         endpoints=("any",),
         max_sequence_length=TEXT,
-        lora_rank=32,
+        lora_rank=16,
         speed=SpeedSettings(sizes=(SIZE,), rows=(1, 2), cache=str(folder / "compiled"), **speed),
     )
     return FluxModel.load(options, Path)
@@ -51,7 +51,8 @@ def compiled(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Flu
     """Warm, with graphs that torch runs as they are: tested is what they hold, and when they are used."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        model = load(flux_folder, compile="regional", backend="eager")
+        patch.setattr(regions, "BACKEND", "eager")
+        model = load(flux_folder, compile="regional", attention="auto")
         model.warm()
     return model
 
@@ -67,7 +68,7 @@ def sample(
     side: int = 4,
     steps: int = 3,
     loras: tuple[LoraUse, ...] = (),
-    reuse: Reuse | None = None,
+    reuse: float | None = None,
 ) -> Sample:
     draw = torch.Generator().manual_seed(seed)
     text = Conditioning(torch.randn(TEXT, 32, generator=draw), torch.randn(32, generator=draw))
@@ -84,7 +85,7 @@ def predict(model: FluxModel, *samples: Sample) -> Tensor:
 def hold(model: FluxModel, tmp_path: Path) -> list[str]:
     """Two LoRAs of different ranks beside the model, for good; their names."""
     names = []
-    for seed, rank in enumerate((4, 20)):
+    for seed, rank in enumerate((4, 9)):
         path = write_lora(model, tmp_path / f"lora-{seed}", seed, rank)
         model.holding({path.name: model.read_lora(path)}).__enter__()
         names.append(path.name)
@@ -131,18 +132,19 @@ def test_what_graphs_do_not_know_runs_as_it_is(compiled: FluxModel, plain: FluxM
 
 
 def test_a_graph_that_is_made_late_is_told_in_the_log(
-    flux_folder: Path, caplog: pytest.LogCaptureFixture
+    flux_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cold = load(flux_folder, compile="regional", backend="eager")
+    monkeypatch.setattr(regions, "BACKEND", "eager")
+    cold = load(flux_folder, compile="regional")
     with caplog.at_level(logging.WARNING, "pipelines.speed"):
         predict(cold, sample(0))
     assert "graphs that the warm-up did not make" in caplog.text
 
 
 def test_it_says_how_it_runs(compiled: FluxModel, plain: FluxModel) -> None:
-    assert compiled.effective["compiled"] == "blocks"
-    assert compiled.effective["attention"] in ("flash", "math")
-    assert plain.effective["compiled"] == "nothing"
+    assert compiled.attention in ("sdpa (flash)", "sdpa (math)")
+    assert plain.attention == "sdpa"
+    assert (plain.precision, plain.float8_layers) == (None, 0)
 
 
 # acceleration
@@ -160,13 +162,13 @@ def psnr(ours: Tensor, expected: Tensor) -> float:
 
 
 def test_reuse_at_threshold_zero_is_the_whole_forward_to_the_bit(plain: FluxModel) -> None:
-    whole, split = sample(0, steps=6), sample(0, steps=6, reuse=Reuse(0.0))
+    whole, split = sample(0, steps=6), sample(0, steps=6, reuse=0.0)
     assert torch.equal(*finished(plain, whole), *finished(plain, split))
     assert split.reused == frozenset()
 
 
 def test_reuse_skips_and_stays_near(plain: FluxModel) -> None:
-    whole, near, far = (sample(0, steps=12, reuse=Reuse(each)) for each in (0.0, 0.1, 0.5))
+    whole, near, far = (sample(0, steps=12, reuse=each) for each in (0.0, 0.1, 0.5))
     [expected], [ours], [coarse] = (finished(plain, each) for each in (whole, near, far))
     assert 0 < len(near.reused) < len(far.reused) < 12
     assert psnr(ours, expected) > 30
@@ -183,10 +185,7 @@ def test_a_row_that_reuses_is_the_same_alone_and_in_any_company(
     plain: FluxModel, wishes: list[tuple[int, float | None]]
 ) -> None:
     def make() -> list[Sample]:
-        return [
-            sample(seed, steps=steps, reuse=None if threshold is None else Reuse(threshold))
-            for seed, (steps, threshold) in enumerate(wishes)
-        ]
+        return [sample(seed, steps=steps, reuse=threshold) for seed, (steps, threshold) in enumerate(wishes)]
 
     alone, together = make(), make()
     expected = [finished(plain, each)[0] for each in alone]
@@ -203,9 +202,9 @@ def test_rows_that_reuse_run_compiled_beside_others_with_loras(
 
     def batch() -> list[Sample]:
         return [
-            sample(0, steps=5, reuse=Reuse(0.3), loras=(LoraUse(a),)),
+            sample(0, steps=5, reuse=0.3, loras=(LoraUse(a),)),
             sample(1, steps=5),
-            sample(2, steps=5, reuse=Reuse(2.0), loras=(LoraUse(b, 0.5),)),
+            sample(2, steps=5, reuse=2.0, loras=(LoraUse(b, 0.5),)),
         ]
 
     ours, theirs = batch(), batch()
@@ -216,29 +215,49 @@ def test_rows_that_reuse_run_compiled_beside_others_with_loras(
 
 
 def test_a_step_that_runs_again_does_not_reuse_itself(plain: FluxModel) -> None:
-    one = sample(0, steps=4, reuse=Reuse(2.0))
+    one = sample(0, steps=4, reuse=2.0)
     first = predict(plain, one)
     assert torch.equal(predict(plain, one), first)
     assert one.reused == frozenset()
 
 
-@shows("fal-ai/flux/dev", "acceleration")
-@shows("fal-ai/flux-lora/image-to-image", "acceleration")
-@pytest.mark.parametrize("allowed", [False, True])
-def test_a_request_is_accelerated_only_where_the_operator_allows_it(flux_folder: Path, allowed: bool) -> None:
-    model = load(flux_folder, allow_lossy=allowed, high_threshold=1.0)
+@pytest.mark.parametrize(("acceleration", "threshold"), [("none", None), ("regular", 0.08), ("high", 0.15)])
+def test_requests_are_accelerated_only_where_the_operator_says_so(
+    flux_folder: Path, acceleration: str, threshold: float | None
+) -> None:
+    model = load(flux_folder, acceleration=acceleration)
     wish: dict[str, Any] = {"prompt": "a", "image_size": {"width": 64, "height": 64}, "seed": 1}
-    fast = Pipeline(model).prepare(Input.model_validate(wish | {"acceleration": "high"}), Assets(), 0)
-    usual = Pipeline(model).prepare(Input.model_validate(wish), Assets(), 0)
-    [ours], [expected] = finished(model, *fast.samples), finished(model, *usual.samples)
-    assert bool(fast.samples[0].reused) is allowed
-    assert torch.equal(ours, expected) is not allowed
-    assert usual.samples[0].reused == frozenset()
-
-    edit: dict[str, Any] = wish | {"image_url": "http://pictures/start.png", "strength": 1, "loras": []}
+    [made] = Pipeline(model).prepare(Input.model_validate(wish), Assets(), 0).samples
+    edit = EditInput.model_validate(wish | {"image_url": "http://pictures/start.png", "strength": 1})
     assets = Assets({("body", "image_url"): Image.new("RGB", (64, 64), "navy")})
-    remake = flux_lora_image_to_image.Pipeline(model)
-    request = EditInput.model_validate(edit | {"acceleration": "regular"})
-    [remade] = remake.prepare(request, assets, 0).samples
-    assert isinstance(remade.plan, FluxPlan)
-    assert remade.plan.row(0).reuse == (Reuse(0.08) if allowed else None)
+    [remade] = flux_lora_image_to_image.Pipeline(model).prepare(edit, assets, 0).samples
+    for each in (made, remade):
+        assert isinstance(each.plan, FluxPlan)
+        assert each.plan.row(0).reuse == threshold
+
+
+def test_the_parts_of_a_forward_with_controls_are_the_whole_for_some_rows_as_for_all(
+    plain: FluxModel,
+) -> None:
+    transformer = plain._parts.transformer
+    counts = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    grid, draw = Grid(4, 5), torch.Generator().manual_seed(0)
+    plans = [sample(seed).plan for seed in range(3)]
+    rows = [each.row(0) for each in plans if isinstance(each, FluxPlan)]
+    with torch.inference_mode():
+        inputs = plain._transformer._inputs(rows, [draw_noise(grid, seed) for seed in range(3)], grid)
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        blocks, singles = (
+            [torch.randn(3, grid.tokens, width, generator=draw) for _ in range(count)] for count in counts
+        )
+        [expected] = transformer(
+            **inputs,
+            controlnet_block_samples=blocks,
+            controlnet_single_block_samples=singles,
+            return_dict=False,
+        )
+        under, _ = begin(transformer, inputs, blocks)
+        for some in ([0, 1, 2], [2, 0]):
+            image = others(transformer, under, some, blocks, singles)
+            ours = end(transformer, image, under.time[some])
+            torch.testing.assert_close(ours, expected[some], atol=TOLERANCE, rtol=TOLERANCE)

@@ -89,7 +89,6 @@ def test_flux_dev_has_exactly_the_fields_of_its_page_with_their_defaults() -> No
         "sync_mode": False,
         "num_images": 1,
         "enable_safety_checker": True,
-        "acceleration": "none",
     }
     assert list(Output.model_fields) == ["images", "timings", "seed", "has_nsfw_concepts", "prompt"]
 
