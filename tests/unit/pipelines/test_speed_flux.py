@@ -204,7 +204,7 @@ def test_rows_that_reuse_run_compiled_beside_others_with_loras(
         return [
             sample(0, steps=5, reuse=0.3, loras=(LoraUse(a),)),
             sample(1, steps=5),
-            sample(2, steps=5, reuse=2.0, loras=(LoraUse(b, 0.5),)),
+            sample(2, steps=5, reuse=1e3, loras=(LoraUse(b, 0.5),)),
         ]
 
     ours, theirs = batch(), batch()
