@@ -7,13 +7,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from pipelines import vae
+from pipelines.adapters.bank import LoraBank, LoraUse
+from pipelines.adapters.lora import Lora, LoraLayer
 from pipelines.speed import artefacts, attention, regions
 from pipelines.speed.captures import Captures
-from pipelines.speed.denoiser import channels_last, staged_rows
+from pipelines.speed.denoiser import Denoiser, channels_last, staged_rows
 from schemas.settings import SpeedSettings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -67,6 +69,70 @@ def test_nothing_is_captured_without_a_gpu() -> None:
     captures = Captures(CPU)
     captures.capture("key", lambda inputs: inputs["x"] + 1, {"x": torch.zeros(2)})
     assert len(captures) == 0
+
+
+class Block(nn.Module):
+    """A convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(self.conv(x)))
+
+
+class Net(nn.Module):
+    """Called as diffusers' models are."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.blocks(x),)
+
+
+def test_compiled_convolutions_take_loras_row_by_row_and_a_late_graph_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(regions, "BACKEND", "aot_eager")
+
+    def make(**speed: Any) -> Denoiser:
+        torch.manual_seed(0)
+        net = Net().requires_grad_(False)
+        targets = {
+            name: each for name, each in net.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)
+        }
+        options = SpeedSettings(**speed)
+        bank = LoraBank(targets, 16, staged_rows=staged_rows(options, 4 * 16))
+        draw = torch.Generator().manual_seed(1)
+        for name, rank in (("a", 3), ("b", 7)):
+            layers = {
+                key: LoraLayer(
+                    torch.randn(rank, *each.weight.shape[1:], generator=draw),
+                    torch.randn(len(each.weight), rank, generator=draw),
+                )
+                for key, each in targets.items()
+            }
+            bank.hold({name: Lora(layers)})
+        return Denoiser(net, bank, ("Block",), options)
+
+    plain, fast = make(), make(compile="regional")
+    a, b = LoraUse("a", 0.5), LoraUse("b", -1.0)
+    told = []
+    for uses in ([[a], []], [[b], [a, b], []], [[], [b], [a], [a]], [[b], [b]]):
+        inputs = {"x": torch.randn(len(uses), 4, 5, 6, generator=torch.Generator().manual_seed(len(uses)))}
+        caplog.clear()
+        with torch.inference_mode():
+            with plain.steered(uses, is_usual=True):
+                expected = plain(inputs)
+            with fast.steered(uses, is_usual=True):
+                torch.testing.assert_close(fast(inputs), expected, atol=1e-5, rtol=1e-5)
+        told.append("graphs that the warm-up did not make" in caplog.text)
+    assert told == [True, False, False, False]  # nobody warmed it
 
 
 def test_a_compiled_decoder_makes_the_same_picture_in_every_size(

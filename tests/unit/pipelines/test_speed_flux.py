@@ -131,16 +131,6 @@ def test_what_graphs_do_not_know_runs_as_it_is(compiled: FluxModel, plain: FluxM
     assert graphs() == before
 
 
-def test_a_graph_that_is_made_late_is_told_in_the_log(
-    flux_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(regions, "BACKEND", "eager")
-    cold = load(flux_folder, compile="regional")
-    with caplog.at_level(logging.WARNING, "pipelines.speed"):
-        predict(cold, sample(0))
-    assert "graphs that the warm-up did not make" in caplog.text
-
-
 def test_it_says_how_it_runs(compiled: FluxModel, plain: FluxModel) -> None:
     assert compiled.attention in ("sdpa (flash)", "sdpa (math)")
     assert plain.attention == "sdpa"
