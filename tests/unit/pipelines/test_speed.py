@@ -112,8 +112,8 @@ def test_compiled_convolutions_take_loras_row_by_row_and_a_late_graph_is_told(
         for name, rank in (("a", 3), ("b", 7)):
             layers = {
                 key: LoraLayer(
-                    torch.randn(rank, *each.weight.shape[1:], generator=draw),
-                    torch.randn(len(each.weight), rank, generator=draw),
+                    torch.randn(rank, *each.weight.shape[1:], generator=draw) / 8,
+                    torch.randn(len(each.weight), rank, generator=draw) / 8,
                 )
                 for key, each in targets.items()
             }
