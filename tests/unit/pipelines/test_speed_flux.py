@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -171,6 +171,7 @@ def test_reuse_skips_and_stays_near(plain: FluxModel) -> None:
         st.tuples(st.integers(2, 9), st.sampled_from([None, 0.0, 0.05, 0.3, 2.0])), min_size=2, max_size=4
     )
 )
+@example([(6, 0.05), (6, 2.0), (4, None)])
 def test_a_row_that_reuses_is_the_same_alone_and_in_any_company(
     plain: FluxModel, wishes: list[tuple[int, float | None]]
 ) -> None:
