@@ -106,7 +106,7 @@ class ByWork:
         if not view.ready and view.requests:
             return max(1, view.replicas)
         requests = min(view.requests, self._window or view.requests)
-        load = Demand(view.at, requests, view.seconds, view.busy, view.ready, view.replicas, self._start_s)
+        load = Demand(view.at, requests, 0, view.seconds, view.busy, view.ready, view.replicas, self._start_s)
         replicas, self._past = decide(load, self._rules, self._past)
         return max(replicas, min(1, view.replicas - 1))  # Serve's wrapper: to nothing from one only
 

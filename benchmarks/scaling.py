@@ -10,7 +10,7 @@ from benchmarks.simulation import Outcome, Physics, Request, Scaler, run
 from deployments.scaling import Rules
 
 PHYSICS = Physics(start_s=60.0)
-RULES = Rules(least=1, most=8, target_wait_s=10.0, hold_s=120.0, idle_s=600.0)
+RULES = Rules(least=1, most=8, target_wait_s=10.0, low_target_wait_s=120.0, hold_s=120.0, idle_s=600.0)
 WINDOW = PHYSICS.slots * RULES.most + 2  # what the dispatcher hands over at once
 CAPTION = (
     "1 to 8 replicas (rare: 0 to 8) of 8 places, 60 s to start one; 3.4 compute seconds a request "

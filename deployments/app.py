@@ -41,7 +41,7 @@ from pipelines import registry
 from schemas.assets import takes_weights, weights
 from schemas.errors import NotReady, WorkerLost
 from schemas.fields import EndpointInput
-from schemas.jobs import Job, Update
+from schemas.jobs import Backlog, Job, Update
 from schemas.settings import Catalogue, FrontSettings, ModelSettings
 
 logger = logging.getLogger("ray.serve")
@@ -253,9 +253,12 @@ class _WorkerReplica:
         self._worker = Worker(settings, open_files(settings.files_url), name)
         self._meter = Meter(time.monotonic() - began)
 
-    async def generate(self, job: Job, needs: Sequence[str] = (), waiting: int = 0) -> AsyncGenerator[Update]:
-        """See Worker.generate. `needs` are for the router, `waiting` for the autoscaling."""
-        self._meter.hear(waiting)
+    async def generate(
+        self, job: Job, needs: Sequence[str] = (), backlog: Backlog | None = None
+    ) -> AsyncGenerator[Update]:
+        """See Worker.generate. `needs` are for the router, the backlog for the autoscaling."""
+        if backlog is not None:
+            self._meter.hear(backlog)
         with self._meter.request():
             async for update in self._worker.generate(job):
                 yield update
@@ -333,8 +336,8 @@ class _ServeModel:
         self._generate = handle.options(method_name="generate", stream=True)
         self._prefetch = handle.options(method_name="prefetch")
 
-    async def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
-        response = self._generate.remote(job, needs=_needs(job), waiting=waiting)
+    async def generate(self, job: Job, backlog: Backlog) -> AsyncGenerator[Update]:
+        response = self._generate.remote(job, needs=_needs(job), backlog=backlog)
         with _translated():
             try:
                 async for update in response:

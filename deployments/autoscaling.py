@@ -20,9 +20,19 @@ class WorkPolicy:
     """
 
     def __init__(
-        self, target_wait_s: float, hold_s: float, idle_s: float, start_s: float | None = None
+        self,
+        target_wait_s: float,
+        low_target_wait_s: float,
+        hold_s: float,
+        idle_s: float,
+        start_s: float | None = None,
     ) -> None:
-        self._wait = {"target_wait_s": target_wait_s, "hold_s": hold_s, "idle_s": idle_s}
+        self._wishes = {
+            "target_wait_s": target_wait_s,
+            "low_target_wait_s": low_target_wait_s,
+            "hold_s": hold_s,
+            "idle_s": idle_s,
+        }
         self._given_start_s = start_s
         self._start_s = USUAL_START_S
         self._seconds = USUAL_S
@@ -33,9 +43,12 @@ class WorkPolicy:
         told = list(_told(context.raw_metrics or {}))
         self._learn(told)
         handed = float(context.total_num_requests)
+        waiting, low = _backlog(told)
+        requests = handed + waiting if handed else 0.0  # what waits would have been handed
         load = Load(
             at=context.current_time,
-            requests=handed + _waiting(told) if handed else 0.0,  # what waits would have been handed
+            requests=requests,
+            low=min(low, requests),  # told a while ago
             seconds=self._seconds,
             busy=sum(each.get("busy", 0.0) for each in told),
             ready=context.current_num_replicas,
@@ -43,7 +56,7 @@ class WorkPolicy:
             start_s=self._start_s if self._given_start_s is None else self._given_start_s,
         )
         rules = Rules(
-            context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas, **self._wait
+            context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas, **self._wishes
         )
         replicas, self._past = decide(load, rules, self._past)
         return replicas, {}
@@ -66,7 +79,7 @@ def _told(metrics: Mapping[str, Mapping[Any, Any]]) -> Iterable[Told]:
     return replicas.values()
 
 
-def _waiting(told: Iterable[Told]) -> float:
-    """The latest that any was told of what Serve does not see."""
-    latest = max(told, key=lambda each: each.get("waiting_at", 0.0), default={})
-    return latest.get("waiting", 0.0)
+def _backlog(told: Iterable[Told]) -> tuple[float, float]:
+    """The latest that any was told of what waits where Serve does not see it, and of low priority's."""
+    latest = max(told, key=lambda each: each.get("told_at", 0.0), default={})
+    return latest.get("waiting", 0.0), latest.get("low", 0.0)

@@ -13,7 +13,7 @@ import contextvars
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -34,21 +34,22 @@ from schemas.errors import (
     StoreDown,
     WorkerLost,
 )
-from schemas.jobs import WORD_S, Claim, Job, JobResult, Update
+from schemas.jobs import WORD_S, Backlog, Claim, Job, JobResult, Priority, Update
 from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 
 logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0  # the longest time between two looks at the queue
-MOST_COUNTED = 1000  # waiting requests: nobody has replicas for more
+MOST_COUNTED = 1000  # waiting requests of a priority: nobody has replicas for more
+KEPT = 2  # places of a window that no request of low priority takes
 SILENCE_S = 5 * WORD_S  # no worker is taken for lost sooner
 
 
 class ModelHandle(Protocol):
     """A way to call the workers of one model."""
 
-    def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
-        """Run a job; the last update has its result. `waiting`: how many wait behind it in the queue.
+    def generate(self, job: Job, backlog: Backlog) -> AsyncGenerator[Update]:
+        """Run a job; the last update has its result.
 
         Raises WorkerLost when the worker died, NotReady when there is none to call. Closing the
         iterator stops the job within a step.
@@ -152,15 +153,24 @@ class Dispatcher:
 
     async def _fill(self, model: str) -> bool:
         """Hand over what the window has room for. Returns whether it is full."""
-        running = sum(run.claim.job.model == model for run in self._runs.values())
-        room = self._windows[model] - running
-        claims = await self._queue.claim(model, self.owner, room) if room > 0 else []
-        is_full = len(claims) >= room
-        waiting = await self._queue.backlog(model, MOST_COUNTED) if claims and is_full else 0
+        window = self._windows[model]
+        running = [run.claim.job for run in self._runs.values() if run.claim.job.model == model]
+        room, low_room = window - len(running), max(1, window - KEPT) - low_ones(running)
+        claims = await self._queue.claim(model, self.owner, room, low_room) if room > 0 else []
+        low = low_ones(claim.job for claim in claims)
+        is_full = len(claims) >= room or low >= low_room
+        backlog = await self._backlog(model, low_ones(running) + low, is_full) if claims else Backlog()
         for claim in claims:
             crash.point("dispatcher.starts")
-            self._start(claim, waiting)
+            self._start(claim, backlog)
         return is_full
+
+    async def _backlog(self, model: str, low: int, is_full: bool) -> Backlog:
+        """`low`: how many of low priority are handed over. While there is room, nothing waits."""
+        if not is_full:
+            return Backlog(low=low)
+        by_priority = {each: await self._queue.backlog(model, each, MOST_COUNTED) for each in Priority}
+        return Backlog(sum(by_priority.values()), low + by_priority[Priority.LOW])
 
     async def _foresee(self, model: str) -> None:
         """Tell the model of the requests that come next, of each once. Waits for no answer."""
@@ -198,11 +208,11 @@ class Dispatcher:
         takes = any(takes_weights(self._input_type(endpoint_id)) for endpoint_id in entry.endpoints)
         return entry.prefetch if takes else 0
 
-    def _start(self, claim: Claim, waiting: int) -> None:
+    def _start(self, claim: Claim, backlog: Backlog) -> None:
         request_id = claim.job.request_id
         if older := self._runs.get(request_id):  # our lease on it had lapsed unseen
             older.task.cancel()
-        run = self._runs[request_id] = Run(claim, _detached(self._run(claim, waiting)))
+        run = self._runs[request_id] = Run(claim, _detached(self._run(claim, backlog)))
 
         def forget(_: asyncio.Task[None]) -> None:
             if self._runs.get(request_id) is run:
@@ -211,11 +221,11 @@ class Dispatcher:
 
         run.task.add_done_callback(forget)
 
-    async def _run(self, claim: Claim, waiting: int) -> None:
+    async def _run(self, claim: Claim, backlog: Backlog) -> None:
         """Run one claim to its end, whatever that is."""
         request_id = claim.job.request_id
         try:
-            await self._follow_in_time(claim, waiting)
+            await self._follow_in_time(claim, backlog)
         except asyncio.CancelledError:
             # its caller gave it up, its lease was lost, or we are closing; the queue knows which
             await self._release(claim, Setback.RETURNED)
@@ -229,7 +239,7 @@ class Dispatcher:
             logger.exception("request %s could not be run", request_id)
             await self._release(claim, Setback.CRASHED)
 
-    async def _follow_in_time(self, claim: Claim, waiting: int) -> None:
+    async def _follow_in_time(self, claim: Claim, backlog: Backlog) -> None:
         """As `_follow`, if a worker begins in time, and for as long as requests of its model may run.
 
         Raises WorkerLost for one that has spoken and then is silent for the time of a lease.
@@ -250,7 +260,7 @@ class Dispatcher:
 
         try:
             async with running, silent, starting:
-                await self._follow(claim, waiting, hear)
+                await self._follow(claim, backlog, hear)
         except TimeoutError:
             late: DarkroomError
             if silent.expired():
@@ -271,12 +281,12 @@ class Dispatcher:
             await self._report(claim.job)
         crash.point("dispatcher.released")
 
-    async def _follow(self, claim: Claim, waiting: int, hear: Callable[[Update], None]) -> None:
+    async def _follow(self, claim: Claim, backlog: Backlog, hear: Callable[[Update], None]) -> None:
         """Write down what the worker says until it gives the result."""
         handle = self._connect(claim.job.model)
         job = replace(claim.job, waited_s=claim.waited_s)
         is_timed = claim.start_deadline is not None
-        async with contextlib.aclosing(handle.generate(job, waiting)) as updates:
+        async with contextlib.aclosing(handle.generate(job, backlog)) as updates:
             async for update in updates:
                 hear(update)
                 crash.point("dispatcher.heard")
@@ -325,6 +335,11 @@ class Dispatcher:
     async def _stop(run: Run) -> None:
         run.task.cancel()
         await asyncio.wait([run.task])
+
+
+def low_ones(jobs: Iterable[Job]) -> int:
+    """How many are of low priority."""
+    return sum(job.priority == Priority.LOW for job in jobs)
 
 
 async def _insist(write: Callable[[], Awaitable[bool]]) -> bool:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from schemas.jobs import Backlog
+
 BUSY_S = 60.0  # how far back the share of busy time looks
 SECONDS_S = 300.0  # and the compute seconds of a request
 USUAL_S = 5.0  # of a request, before one has ended
@@ -28,7 +30,7 @@ class Meter:
         self._busy_s = 0.0  # both of these fade alike
         self._done = 0.0
         self.seconds = USUAL_S  # compute seconds of a request, of late
-        self._waiting, self._waiting_at = 0, 0.0
+        self._backlog, self._told_at = Backlog(), 0.0
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -43,21 +45,22 @@ class Meter:
             self._done += 1
             self.seconds = self._busy_s / self._done
 
-    def hear(self, waiting: int) -> None:
-        """So many requests wait where Serve does not see them."""
-        self._waiting, self._waiting_at = waiting, self._clock()
+    def hear(self, backlog: Backlog) -> None:
+        """What Serve does not see."""
+        self._backlog, self._told_at = backlog, self._clock()
 
     def told(self) -> Told:
-        """`busy` is a share, `busy_s` by `done` are a request's compute seconds; whose `waiting_at` is the
-        latest knows how many wait."""
+        """`busy` is a share, `busy_s` by `done` are a request's compute seconds; whose `told_at` is the
+        latest knows the backlog."""
         self._advance()
         return {
             "busy": self._busy,
             "busy_s": self._busy_s,
             "done": self._done,
             "start_s": self._start_s,
-            "waiting": self._waiting,
-            "waiting_at": self._waiting_at,
+            "waiting": self._backlog.waiting,
+            "low": self._backlog.low,
+            "told_at": self._told_at,
         }
 
     def _advance(self) -> None:

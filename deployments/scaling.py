@@ -19,6 +19,7 @@ class Rules:
     least: int  # replicas
     most: int
     target_wait_s: float  # that a request may wait for its turn
+    low_target_wait_s: float  # the same of low priority
     hold_s: float  # what was needed so lately is kept
     idle_s: float  # without a request for so long, the last replica goes, where `least` is 0
 
@@ -29,6 +30,7 @@ class Load:
 
     at: float  # seconds, by any clock
     requests: float  # that wait or run
+    low: float  # of these, the ones of low priority
     seconds: float  # compute seconds of one
     busy: float  # replicas' worth of work done of late: 2.5 is two always at work and one half of the time
     ready: int  # replicas
@@ -66,10 +68,16 @@ def need(load: Load, rules: Rules) -> int:
     """Replicas that this load needs, whatever was before; at most the rules' `most`.
 
     Those that are there have time to spare until a new one could help. What they will have done by then
-    calls for nobody; what is left is to be done within the target. And no replica goes that is at work.
+    calls for nobody; what is left is to be done within the target: normal priority's within its own, for it
+    goes first, and all of it within the longer of the two. And no replica goes that is at work.
     """
     spare = max(0.0, load.ready - load.busy) * load.start_s
-    left = max(0.0, load.requests * load.seconds - spare)
-    to_clear = math.ceil(left / (rules.target_wait_s + load.seconds))
+
+    def to_clear(requests: float, wait_s: float) -> int:
+        left = max(0.0, requests * load.seconds - spare)
+        return math.ceil(left / (wait_s + load.seconds))
+
+    normal = to_clear(load.requests - load.low, rules.target_wait_s)
+    everyone = to_clear(load.requests, max(rules.target_wait_s, rules.low_target_wait_s))
     at_work = min(load.replicas, math.ceil(load.busy / UTILISATION - NOTHING))
-    return min(rules.most, max(to_clear, at_work, 1 if load.requests > 0 else 0))
+    return min(rules.most, max(normal, everyone, at_work, 1 if load.requests > 0 else 0))

@@ -40,7 +40,9 @@ def decode_together(vae: Any, latents: Sequence[Tensor]) -> dict[int, Tensor]:
     pixels: dict[int, Tensor] = {}
     for shape, alike in places.items():
         most = SHARED_CELLS // (shape[-2] * shape[-1])
-        for batch in (alike[at : at + most] for at in range(0, len(alike), most) if most > 1):
+        if most < 2:
+            continue
+        for batch in (alike[at : at + most] for at in range(0, len(alike), most)):
             found = _decoded(vae, torch.stack([latents[place] for place in batch]))
             sound = found.flatten(1).isfinite().all(1).tolist()  # the others: `decode` knows what to do
             pixels |= {place: each for place, each, ok in zip(batch, found, sound, strict=True) if ok}

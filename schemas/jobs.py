@@ -23,6 +23,14 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Backlog:
+    """What there is to do for a model beside a request, when that is handed over."""
+
+    waiting: int = 0  # requests that are not handed over yet
+    low: int = 0  # of these and of those handed over, the ones of low priority
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One accepted request: what is asked, of which model, and how the caller wants to hear of it."""
 

@@ -191,7 +191,10 @@ class ModelEntry(Settings):
 
     endpoints: tuple[str, ...] = Field(min_length=1, description="endpoint ids that it serves")
     window: int = Field(
-        8, ge=1, description="requests handed to Serve at once: replicas × concurrency and a little"
+        10,
+        ge=1,
+        description="requests handed to Serve at once: replicas × concurrency and a little; the last two "
+        "places are for normal priority",
     )
     run_limit_s: float | None = Field(
         None,
@@ -285,6 +288,7 @@ class AutoscalingSettings(Settings):
         "`concurrency`, Ray Serve's own policy",
     )
     target_wait_s: float = Field(10, gt=0, description="that a request may wait for its turn; of work only")
+    low_target_wait_s: float = Field(120, gt=0, description="the same of low priority; of work only")
     start_s: float | None = Field(
         None, ge=0, description="until a new replica is ready; null: what they have taken; of work only"
     )

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, Select, bindparam, func, select, 
 from deployments.queue.tables import is_running, keys, requests
 from schemas.access import Actor
 from schemas.errors import NotAuthenticated, QueueFull, QuotaSpent, RequestError, TooManyRequests, TooManyRuns
-from schemas.jobs import State
+from schemas.jobs import Priority, State
 
 MINUTE_S = 60.0
 DAY_S = 86_400
@@ -45,15 +45,20 @@ def rooms(connection: Connection) -> dict[str, int]:
     return {tenant: room for tenant, room in connection.execute(ROOMS)}
 
 
-def within(found: Iterable[RowMapping], rooms: Mapping[str, int]) -> Iterator[RowMapping]:
-    """The requests that may run now, in their order."""
+def within(
+    found: Iterable[RowMapping], rooms: Mapping[str, int], low_room: int | None
+) -> Iterator[RowMapping]:
+    """The requests that may run now, in their order; at most `low_room` of low priority."""
     left = dict(rooms)
     for row in found:
-        tenant = row["tenant"]
-        if left.get(tenant, 1) > 0:
-            yield row
-            if tenant in left:
-                left[tenant] -= 1
+        tenant, is_low = row["tenant"], row["priority"] == Priority.LOW
+        if left.get(tenant, 1) <= 0 or (is_low and low_room is not None and low_room <= 0):
+            continue
+        if tenant in left:
+            left[tenant] -= 1
+        if is_low and low_room is not None:
+            low_room -= 1
+        yield row
 
 
 def admit(connection: Connection, by: Actor, now: float, *, waits: bool) -> RequestError | None:

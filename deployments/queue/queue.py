@@ -288,8 +288,11 @@ class Queue:
 
         return await self._database.read(operation)
 
-    async def claim(self, model: str, owner: str, limit: int) -> list[Claim]:
-        """Up to `limit` requests of a model, in their order; of a tenant no more than may run at once."""
+    async def claim(self, model: str, owner: str, limit: int, low_limit: int | None = None) -> list[Claim]:
+        """Up to `limit` requests of a model, in their order; of a tenant no more than may run at once.
+
+        Up to `low_limit` of them are of low priority.
+        """
 
         def operation(connection: Connection) -> list[Claim]:
             now = self._clock()
@@ -300,7 +303,9 @@ class Queue:
             found = connection.execute(statement, wanted).mappings().all()
             crash.point("claim.found")
             until = now + self._lease.lease_s
-            return [take(connection, row, owner, now, until) for row in limits.within(found, rooms)]
+            return [
+                take(connection, row, owner, now, until) for row in limits.within(found, rooms, low_limit)
+            ]
 
         claims = await self._write(operation)
         crash.point("claim.stored")
@@ -315,9 +320,9 @@ class Queue:
 
         return await self._database.read(operation)
 
-    async def backlog(self, model: str, limit: int) -> int:
-        """How many requests of a model may start and wait, counted up to `limit`."""
-        wanted = {"model": model, "now": self._clock(), "limit": limit}
+    async def backlog(self, model: str, priority: Priority, limit: int) -> int:
+        """How many requests of a model and priority may start and wait, counted up to `limit`."""
+        wanted = {"model": model, "priority": priority, "now": self._clock(), "limit": limit}
 
         def operation(connection: Connection) -> int:
             return connection.scalar(sql.BACKLOG, wanted) or 0

@@ -103,7 +103,10 @@ UPCOMING = (
 )
 CLAIMABLE = UPCOMING.with_for_update(skip_locked=True)
 BACKLOG = select(func.count()).select_from(
-    select(requests.c.seq).where(_of_model, _may_start).limit(bindparam("limit")).subquery()
+    select(requests.c.seq)
+    .where(_of_model, requests.c.priority == bindparam("priority"), _may_start)
+    .limit(bindparam("limit"))
+    .subquery()
 )
 CLAIMABLE_BESIDE = CLAIMABLE.where(requests.c.tenant.not_in(bindparam("full", expanding=True)))
 

@@ -11,7 +11,7 @@ from deployments.dispatcher import Dispatcher
 from deployments.queue import Queue
 from pipelines.registry import endpoint
 from schemas.errors import InternalError, NotReady, StoreDown, WorkerLost
-from schemas.jobs import CancelOutcome, Job, JobResult, Logged, Priority, State
+from schemas.jobs import Backlog, CancelOutcome, Job, JobResult, Logged, Priority, State
 from schemas.settings import Catalogue, LeaseSettings
 from tests.support.jobs import ENDPOINT, OUTPUT, Clock, ScriptedModel, make_job
 
@@ -112,6 +112,25 @@ async def test_no_more_than_the_window_is_handed_over(
         assert (await end(queue, job)).status == 200
     assert model.most == 3
     assert model.order == [job.request_id for job in jobs]
+
+
+async def test_a_window_full_of_low_priority_has_room_for_normal_ones(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+) -> None:
+    low = [make_job(priority=Priority.LOW) for _ in range(4)]
+    for job in low:
+        await queue.submit(job)
+    await asyncio.wait_for(model.began.acquire(), 10)
+    normal = [make_job() for _ in range(3)]
+    for job in normal:
+        await queue.submit(job)
+    for _ in range(2):
+        await asyncio.wait_for(model.began.acquire(), 10)
+    assert model.order == [low[0].request_id, *(job.request_id for job in normal[:2])]
+    assert model.backlogs[0] == Backlog(waiting=3, low=4)
+    model.open.set()
+    for job in (*low, *normal):
+        assert (await end(queue, job)).status == 200
 
 
 async def test_a_cancel_stops_the_running_job(
@@ -484,9 +503,10 @@ async def test_the_model_hears_how_many_wait_behind_a_full_window(
     model.open.set()
     for job in jobs:
         await end(queue, job)
-    assert model.waiting[:3] == [5, 5, 5]
-    assert model.waiting[3:] == sorted(model.waiting[3:], reverse=True)
-    assert model.waiting[-1] == 0
+    waiting = [each.waiting for each in model.backlogs]
+    assert waiting[:3] == [5, 5, 5]
+    assert waiting[3:] == sorted(waiting[3:], reverse=True)
+    assert waiting[-1] == 0
 
 
 @pytest.mark.parametrize("queues", [False, True])

@@ -166,10 +166,10 @@ async def test_what_waits_is_counted_up_to_a_limit(queue: Queue, clock: Clock) -
     for job in (*(make_job() for _ in range(5)), make_job(start_timeout_s=5.0), make_job(model="other")):
         await queue.submit(job)
     clock.now += 5  # too late for one
-    assert [await queue.backlog("flux", most) for most in (10, 5, 2)] == [5, 5, 2]
+    assert [await queue.backlog("flux", Priority.NORMAL, most) for most in (10, 5, 2)] == [5, 5, 2]
     await claim(queue, limit=2)
-    assert await queue.backlog("flux", 10) == 3
-    assert await queue.backlog("unknown", 10) == 0
+    assert await queue.backlog("flux", Priority.NORMAL, 10) == 3
+    assert await queue.backlog("unknown", Priority.NORMAL, 10) == 0
 
 
 async def test_events_are_kept_in_order_and_read_from_where_one_left(queue: Queue) -> None:

@@ -16,6 +16,7 @@ from deployments.queue.database import Database
 from deployments.queue.tables import deliveries, requests
 from schemas.errors import DarkroomError, StoreDown, WorkerLost
 from schemas.jobs import (
+    Backlog,
     CancelOutcome,
     Claim,
     Job,
@@ -48,9 +49,9 @@ class TellingQueue(Queue):
         super().__init__(database, lease, clock=clock)
         self._history = history
 
-    async def claim(self, model: str, owner: str, limit: int) -> list[Claim]:
+    async def claim(self, model: str, owner: str, limit: int, low_limit: int | None = None) -> list[Claim]:
         asked = time.monotonic()
-        claims = await super().claim(model, owner, limit)
+        claims = await super().claim(model, owner, limit, low_limit)
         for each in claims:
             held = {"id": each.job.request_id, "fence": each.fence, "attempt": each.attempt}
             self._history.write("claimed", asked=asked, **held)
@@ -89,7 +90,7 @@ class Artist:
     async def prefetch(self, job: Job) -> None:
         """There is nothing to fetch."""
 
-    async def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
+    async def generate(self, job: Job, backlog: Backlog) -> AsyncGenerator[Update]:
         nonce = uuid4().hex
         self._history.write("began", id=job.request_id, nonce=nonce, clock=self._clock())
         yield Update((Logged("it begins"), Previewed({"images": []})))

@@ -60,7 +60,7 @@ async def place(tmp_path: Path, workers: dict[str, Worker]) -> AsyncIterator[Pla
     async with gateway_at_work(tmp_path, keys=ALICE) as place:
         for worker in workers.values():
             worker._files = place.files
-        place.model.generate = lambda job, waiting: workers[job.endpoint_id].generate(job)  # type: ignore[method-assign]
+        place.model.generate = lambda job, backlog: workers[job.endpoint_id].generate(job)  # type: ignore[method-assign]
         yield place
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from schemas.jobs import Job, JobEvent, JobResult, Logged, Update
+from schemas.jobs import Backlog, Job, JobEvent, JobResult, Logged, Update
 
 ENDPOINT = "fal-ai/flux/dev"
 OUTPUT = {
@@ -47,7 +47,7 @@ class ScriptedModel:
     running: int = 0
     most: int = 0  # jobs at once
     order: list[str] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)  # behind each job, as it was told
+    backlogs: list[Backlog] = field(default_factory=list)  # beside each job, as it was told
     waited: list[float] = field(default_factory=list)  # seconds, by each job
     prefetched: list[str] = field(default_factory=list)
     queues: bool = False  # a job waits in the worker before it begins
@@ -57,8 +57,8 @@ class ScriptedModel:
     def connect(self, name: str) -> "ScriptedModel":
         return self
 
-    async def generate(self, job: Job, waiting: int) -> AsyncGenerator[Update]:
-        self.waiting.append(waiting)
+    async def generate(self, job: Job, backlog: Backlog) -> AsyncGenerator[Update]:
+        self.backlogs.append(backlog)
         self.waited.append(job.waited_s)
         self.running += 1
         self.most = max(self.most, self.running)

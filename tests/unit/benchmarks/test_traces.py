@@ -62,8 +62,9 @@ def test_a_crowd_has_all_its_replicas_within_a_start() -> None:
 
 def test_the_usual_settings_are_those_simulated() -> None:
     usual = AutoscalingSettings()
-    assert (usual.target_wait_s, usual.hold_s, usual.idle_s) == (
+    assert (usual.target_wait_s, usual.low_target_wait_s, usual.hold_s, usual.idle_s) == (
         scaling.RULES.target_wait_s,
+        scaling.RULES.low_target_wait_s,
         scaling.RULES.hold_s,
         scaling.RULES.idle_s,
     )

@@ -8,15 +8,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from deployments import cli
-from deployments.cli import app
+from deployments.cli import app, terminal
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cli.console, "width", 250)
+    monkeypatch.setattr(terminal.console, "width", 250)
     args = {"queue_url": f"sqlite:///{tmp_path}/queue.sqlite3"}
     front = {"name": "darkroom", "import_path": "deployments.app:front", "args": args}
     path = tmp_path / "serve_config.yaml"

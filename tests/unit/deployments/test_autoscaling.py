@@ -5,6 +5,7 @@ from typing import Any
 
 from deployments.autoscaling import WorkPolicy
 from deployments.meter import Meter
+from schemas.jobs import Backlog
 from schemas.settings import ModelSettings
 from tests.support.jobs import Clock
 
@@ -14,7 +15,7 @@ with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # R
 
     from deployments.app import _autoscaling
 
-BUSY = {"busy": 1.0, "busy_s": 250.0, "done": 50.0, "start_s": 60.0, "waiting": 0, "waiting_at": 1.0}
+BUSY = {"busy": 1.0, "busy_s": 250.0, "done": 50.0, "start_s": 60.0, "waiting": 0, "low": 0, "told_at": 1.0}
 
 
 def settings(**autoscaling: Any) -> ModelSettings:
@@ -76,9 +77,9 @@ def test_a_full_replica_gets_help() -> None:
 
 
 def test_what_waits_where_serve_does_not_see_it_counts() -> None:
-    more = BUSY | {"waiting": 60, "waiting_at": 2.0}
+    more = BUSY | {"waiting": 60, "told_at": 2.0}
     assert policy()(context(handed=12, told=(BUSY, more)))[0] == 8
-    older = BUSY | {"waiting": 60, "waiting_at": 0.5}
+    older = BUSY | {"waiting": 60, "told_at": 0.5}
     assert policy()(context(handed=12, told=(BUSY, older)))[0] == 4, "the latest word is the one"
 
 
@@ -137,7 +138,7 @@ def test_a_meter_says_how_busy_it_is_of_late() -> None:
 def test_a_meter_keeps_the_last_word_of_what_waits_and_when_it_came() -> None:
     clock = Clock()
     meter = Meter(0.0, clock)
-    meter.hear(5)
+    meter.hear(Backlog(5, 1))
     clock.now += 1
-    meter.hear(3)
-    assert (meter.told()["waiting"], meter.told()["waiting_at"]) == (3, clock.now)
+    meter.hear(Backlog(3, 2))
+    assert [meter.told()[name] for name in ("waiting", "low", "told_at")] == [3, 2, clock.now]

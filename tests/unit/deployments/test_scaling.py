@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 
 from deployments.scaling import Load, Past, Rules, decide, need
 
-RULES = Rules(least=1, most=8, target_wait_s=10, hold_s=120, idle_s=300)
-LOAD = Load(at=0, requests=1, seconds=5, busy=0.5, ready=1, replicas=1, start_s=60)
+RULES = Rules(least=1, most=8, target_wait_s=10, low_target_wait_s=100, hold_s=120, idle_s=300)
+LOAD = Load(at=0, requests=1, low=0, seconds=5, busy=0.5, ready=1, replicas=1, start_s=60)
 
 bounds = st.tuples(st.integers(0, 6), st.integers(1, 20)).map(lambda two: (min(two), max(two)))
 rules = st.builds(
-    lambda two, wait, hold, idle: Rules(two[0], two[1], wait, hold, idle),
+    lambda two, *waits: Rules(*two, *waits),
     bounds,
     st.floats(0.1, 100),
+    st.floats(0.1, 1000),
     st.floats(0, 500),
     st.floats(0, 500),
 )
@@ -23,6 +24,7 @@ loads = st.builds(
     Load,
     at=st.floats(0, 1e6),
     requests=st.floats(0, 1e4),
+    low=st.just(0),
     seconds=st.floats(0.01, 300),
     busy=st.floats(0, 20),
     ready=st.integers(0, 20),
@@ -68,6 +70,23 @@ def test_there_is_a_replica_for_whoever_waits(load: Load, rules: Rules) -> None:
 def test_a_queue_of_quick_requests_needs_fewer_than_one_of_slow_ones() -> None:
     quick, slow = (need(replace(LOAD, requests=50, seconds=each, ready=0), RULES) for each in (0.1, 60.0))
     assert (quick, slow) == (1, 8)
+
+
+@given(loads, rules, st.floats(0, 1), st.floats(0, 1))
+def test_low_priority_never_needs_more_than_normal_does(
+    load: Load, rules: Rules, one: float, other: float
+) -> None:
+    few, many = sorted((one, other))
+    fewer_low, more_low = (replace(load, low=load.requests * share) for share in (few, many))
+    assert need(more_low, rules) <= need(fewer_low, rules)
+
+
+def test_each_priority_has_a_target_of_its_own() -> None:
+    waiting = replace(LOAD, requests=60, seconds=5, ready=0)
+    assert need(replace(waiting, low=60), RULES) == 3, "300 s within 100 s and one of its own"
+    assert need(replace(waiting, low=55), RULES) == 3
+    assert need(replace(waiting, low=45), RULES) == 5, "75 s within 10 s and one of its own"
+    assert need(waiting, RULES) == 8
 
 
 def test_nobody_is_started_for_what_is_done_before_they_could_help() -> None:

@@ -76,10 +76,13 @@ def test_one_alone_is_decoded_as_ever(studio: Studio, ended: list[Generation], c
     assert not calls
 
 
-def test_large_ones_are_not_worth_it(studio: Studio, ended: list[Generation], calls: list[int]) -> None:
+@pytest.mark.parametrize("side", [64, 65, 128])
+def test_large_ones_are_not_worth_it(
+    studio: Studio, ended: list[Generation], calls: list[int], side: int
+) -> None:
     for each in ended[:2]:
         for sample in each.samples:
-            sample.latents = torch.zeros(4, 64, 64)
+            sample.latents = torch.zeros(4, side, side)
     assert pixels_of(studio, ended[:2]) == [None] * 3
     assert not calls
 
