@@ -24,7 +24,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments import logs, metrics
+from deployments import logs, metrics, traces
 from deployments.dispatcher import Dispatcher, ModelHandle
 from deployments.files.egress import Egress, resolve
 from deployments.files.store import open_files
@@ -34,6 +34,7 @@ from deployments.gateway.gateway import Gateway
 from deployments.gateway.throttle import Throttle
 from deployments.meter import Meter
 from deployments.queue import open_keys, open_outbox, open_queue
+from deployments.readiness import Readiness
 from deployments.router import STATS_S
 from deployments.webhooks.keyring import open_keyring
 from deployments.webhooks.sender import Sender
@@ -147,11 +148,13 @@ class _GatewayReplica:
     def __init__(self, settings: FrontSettings, dispatcher: DeploymentHandle) -> None:
         _join_logs()
         metrics.send_to(_RayMetrics())
+        traces.start("gateway")
         self._settings = settings
         # here and not in `front`, which runs on any node: the secret is for the gateway's alone
         self._digests = keys.parse(os.environ.get(settings.keys_env, ""))
         self._gateway: Gateway | None = None
         self._catalogue = Catalogue(models={})
+        self._readiness = Readiness(lambda: serve.status().applications)
 
     async def __serve_build_asgi_app__(self) -> Any:
         webhooks = self._settings.webhooks
@@ -181,6 +184,9 @@ class _GatewayReplica:
         if self._gateway is not None and not self._gateway.is_alive:
             raise RuntimeError("The queue can no longer be written.")
 
+    def __del__(self) -> None:
+        traces.close()
+
     def _opened(self) -> Gateway:
         if self._gateway is None:
             queue = open_queue(self._settings.queue_url, self._settings.lease, self._settings.keep)
@@ -189,16 +195,15 @@ class _GatewayReplica:
         return self._gateway
 
     async def _ready(self) -> bool:
-        """Whether every model's application runs."""
-        status = await asyncio.to_thread(serve.status)
-        running = {name for name, app in status.applications.items() if app.status == "RUNNING"}
-        return set(self._catalogue.models) | {FRONT} <= running
+        """Whether the front and every model could take a request."""
+        return await self._readiness.of({FRONT, *self._catalogue.models})
 
 
 class _DispatcherReplica:
     def __init__(self, settings: FrontSettings) -> None:
         _join_logs()
         metrics.send_to(_RayMetrics())
+        traces.start("dispatcher")
         self._settings = settings
         self._dispatcher: Dispatcher | None = None
         self._sender: Sender | None = None
@@ -231,6 +236,7 @@ class _DispatcherReplica:
             await self._sender.close()
         if self._dispatcher is not None:
             await self._dispatcher.close()
+        traces.close()
 
 
 class _EntryReplica:
@@ -246,6 +252,7 @@ class _WorkerReplica:
     def __init__(self, settings: ModelSettings) -> None:
         _join_logs()
         metrics.send_to(_RayMetrics())
+        traces.start("worker")
         began = time.monotonic()
         from deployments.worker import Worker  # imports torch, which only a replica needs
 
@@ -288,11 +295,13 @@ class _WorkerReplica:
 
     def __del__(self) -> None:
         self._worker.close()
+        traces.close()
 
 
 def _join_logs() -> None:
-    """Send our own log lines where Serve sends its: into this replica's file, with its fields."""
-    for room in ("deployments", "pipelines"):
+    """Send our own log lines, and what is said of traces that could not be sent, where Serve sends its: into
+    this replica's file, with its fields."""
+    for room in ("deployments", "pipelines", "opentelemetry"):
         logging.getLogger(room).parent = logger
         logging.getLogger(room).setLevel(logging.INFO)
     logs.install(logger)

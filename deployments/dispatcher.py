@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
-from deployments import crash, endings, metrics
+from deployments import crash, endings, logs, metrics, traces
 from deployments.gauges import Gauges
 from deployments.queue import Queue, Setback
 from schemas.assets import takes_weights, weights
@@ -223,9 +224,15 @@ class Dispatcher:
 
     async def _run(self, claim: Claim, backlog: Backlog) -> None:
         """Run one claim to its end, whatever that is."""
+        with logs.about(claim.job.request_id, claim.job.traceparent):
+            await self._run_to_its_end(claim, backlog)
+
+    async def _run_to_its_end(self, claim: Claim, backlog: Backlog) -> None:
         request_id = claim.job.request_id
         try:
-            await self._follow_in_time(claim, backlog)
+            with _attempt(claim) as span:
+                job = replace(claim.job, traceparent=span.traceparent)
+                await self._follow_in_time(replace(claim, job=job), backlog, span)
         except asyncio.CancelledError:
             # its caller gave it up, its lease was lost, or we are closing; the queue knows which
             await self._release(claim, Setback.RETURNED)
@@ -239,7 +246,7 @@ class Dispatcher:
             logger.exception("request %s could not be run", request_id)
             await self._release(claim, Setback.CRASHED)
 
-    async def _follow_in_time(self, claim: Claim, backlog: Backlog) -> None:
+    async def _follow_in_time(self, claim: Claim, backlog: Backlog, span: traces.Span) -> None:
         """As `_follow`, if a worker begins in time, and for as long as requests of its model may run.
 
         Raises WorkerLost for one that has spoken and then is silent for the time of a lease.
@@ -257,6 +264,8 @@ class Dispatcher:
                 starting.reschedule(None)
                 if limit_s is not None and running.when() is None:
                     running.reschedule(now + limit_s)
+            if update.result is not None:
+                span.answered(update.result.status, update.result.error_type)
 
         try:
             async with running, silent, starting:
@@ -272,6 +281,7 @@ class Dispatcher:
             else:
                 raise
             logger.warning("request %s: %s", claim.job.request_id, late.message)
+            span.failed(late)
             if await _insist(partial(self._queue.finish, claim, JobResult.failure(late))):
                 await self._report(claim.job)
 
@@ -340,6 +350,18 @@ class Dispatcher:
 def low_ones(jobs: Iterable[Job]) -> int:
     """How many are of low priority."""
     return sum(job.priority == Priority.LOW for job in jobs)
+
+
+def _attempt(claim: Claim) -> AbstractContextManager[traces.Span]:
+    """In the request's trace: one start of it, with its number; before the first, its wait in the queue."""
+    numbers = {"darkroom.attempt": claim.attempt, "darkroom.fence": claim.fence}
+    return traces.span(
+        "dispatch",
+        claim.job.traceparent,
+        {**traces.of(claim.job), **numbers},
+        "CONSUMER",
+        waited_s=claim.waited_s if claim.attempt == 1 else 0.0,
+    )
 
 
 async def _insist(write: Callable[[], Awaitable[bool]]) -> bool:

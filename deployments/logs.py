@@ -7,16 +7,21 @@ says passes through here as well. With `logging_config: {encoding: JSON}` a line
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from deployments import traces
 from schemas.jobs import JobResult, Record
 
 MAX_CHARS = 4_000  # of a message
 MAX_TRACE_CHARS = 20_000
 _READ_CHARS = 200_000  # what is looked through; a secret is hidden before anything is cut at a place of ours
 HIDDEN = "[hidden]"
+
+_subject: ContextVar[Mapping[str, str]] = ContextVar("subject", default={})  # noqa: B039  # never changed
 
 # What Serve's filters and our own `extra` put on a record, as far as it belongs into a line.
 _FIELDS = ("request_id", "tenant", "application", "deployment", "replica")
@@ -48,10 +53,29 @@ _SECRETS = (
 def install(logger: logging.Logger) -> None:
     """Put our formatters around those of a logger's handlers. Again does no harm."""
     for handler in logger.handlers:
+        handler.addFilter(_note_subject)
         written = getattr(handler, "target", None) or handler  # Serve's are behind a buffer
         inner = written.formatter or logging.Formatter()
         if not isinstance(inner, Plain | Json):
             written.setFormatter(Json() if _is_json(inner) else Plain(inner))
+
+
+@contextmanager
+def about(request_id: str, traceparent: str | None) -> Iterator[None]:
+    """What is logged meanwhile in this task is about a request, and says so."""
+    trace_id = traces.trace_id(traceparent)
+    token = _subject.set({"request_id": request_id} | ({"trace_id": trace_id} if trace_id else {}))
+    try:
+        yield
+    finally:
+        _subject.reset(token)
+
+
+def _note_subject(record: logging.LogRecord) -> bool:
+    """Where the line was said: what writes it may come later, and for others."""
+    if subject := _subject.get():
+        record.__dict__["fields"] = {**subject, **getattr(record, "fields", {})}
+    return True
 
 
 def hidden(text: str) -> str:
@@ -66,6 +90,7 @@ def outcome(record: Record, result: JobResult) -> dict[str, Any]:
     started, finished = record.started_at, record.finished_at
     return {
         "request_id": record.job.request_id,
+        "trace_id": traces.trace_id(record.job.traceparent),
         "endpoint": record.job.endpoint_id,
         "model": record.job.model,
         "tenant": record.job.tenant,

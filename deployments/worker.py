@@ -13,17 +13,18 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image as Picture
 from pydantic import BaseModel, ValidationError
 
-from deployments import metrics
+from deployments import logs, metrics, traces
 from deployments.affinity import Holding, Tier
 from deployments.files.fetch import Fetcher
 from deployments.files.store import FileStore
@@ -66,6 +67,7 @@ NO_STAGES = frozenset(("queue", "inference", "steps_skipped", "float8_layers")) 
 RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
 PREFETCHES = 2  # files fetched ahead at once
 
+T = TypeVar("T")
 _Fetched = Picture | Path | bytes | AssetError
 
 
@@ -195,14 +197,21 @@ class Worker:
                 lease.release()
 
     async def _perform(self, job: Job, outbox: "_Outbox") -> JobResult:
+        with logs.about(job.request_id, job.traceparent), _span(job) as span:
+            result = await self._result(job, outbox, span)
+            span.answered(result.status, result.error_type)
+        return result
+
+    async def _result(self, job: Job, outbox: "_Outbox", span: traces.Span) -> JobResult:
         came = time.monotonic()
         try:
             async with self._slots.held(job.priority):
-                queue_s = job.waited_s + time.monotonic() - came
+                waited_s = time.monotonic() - came
+                span.child("wait", waited_s)
                 outbox.has_begun = True
                 if job.start_timeout_s is not None:
                     outbox.filled.set()  # somebody waits to hear that
-                return await self._answer(job, queue_s, outbox.add)
+                return await self._answer(job, job.waited_s + waited_s, outbox.add, span)
         except ServerError as error:
             logger.warning("request %s failed: %s", job.request_id, error.message)
             return JobResult.failure(error)
@@ -213,10 +222,12 @@ class Worker:
             message = f"The model failed. The server's log says why, under {job.request_id}."
             return JobResult.failure(InternalError(message))
 
-    async def _answer(self, job: Job, queue_s: float, emit: Callable[[JobEvent], None]) -> JobResult:
+    async def _answer(
+        self, job: Job, queue_s: float, emit: Callable[[JobEvent], None], span: traces.Span
+    ) -> JobResult:
         pipeline, request = self._read(job)
         self._count_lookups(request)
-        watch = _Stopwatch()
+        watch = _Stopwatch(span)
         async with AsyncExitStack() as stack:
             fetched = await self._fetch(job, request, stack, emit)
             watch.lap("fetch")
@@ -228,8 +239,8 @@ class Worker:
                     emit(Logged(note, "WARN"))
                 watch.lap("encode")
                 emit(Logged(self._manner))
-                await self._denoise(job, pipeline, request, generation, emit)
-                watch.lap("denoise")
+                steps = await self._denoise(job, pipeline, request, generation, emit)
+                watch.lap("denoise", steps)
             # what is held stays: the decoder may be part of it
             finished = await self._finish(pipeline, generation)
             watch.lap("decode")
@@ -292,7 +303,7 @@ class Worker:
 
     async def _hold(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> ExitStack:
         """Off the loop, beside others. What a cancelled request would have held is given back."""
-        holding = self._loading.submit(with_room, pipeline.hold, request, fetched)
+        holding = self._loading.submit(_in_context(with_room), pipeline.hold, request, fetched)
         try:
             return await asyncio.wrap_future(holding)
         except asyncio.CancelledError:
@@ -302,7 +313,7 @@ class Worker:
     async def _prepare(self, pipeline: AnyPipeline, request: EndpointInput, fetched: Assets) -> Generation:
         """Off the loop. What a cancelled request would have held is given back when it is ready."""
         seed = secrets.randbelow(RANDOM_SEEDS)
-        preparing = self._encoding.submit(with_room, pipeline.prepare, request, fetched, seed)
+        preparing = self._encoding.submit(_in_context(with_room), pipeline.prepare, request, fetched, seed)
         try:
             return await asyncio.wrap_future(preparing)
         except asyncio.CancelledError:
@@ -316,16 +327,19 @@ class Worker:
         request: EndpointInput,
         generation: Generation,
         emit: Callable[[JobEvent], None],
-    ) -> None:
-        """Put the samples through the engine, telling of each step."""
+    ) -> list[traces.Moment]:
+        """Put the samples through the engine, telling of each step. Returns when each was done."""
         ahead = [sample for sample in generation.samples if not sample.is_done]
         progress = Progress(ahead, asyncio.get_running_loop())
         for sample in ahead:
             self._engine.add(sample, progress, job.priority)
         previewed_at = 0.0
+        steps: list[traces.Moment] = []
         try:
             async for step in progress.steps():
-                emit(Logged(f"step {step}/{progress.total}"))
+                line = f"step {step}/{progress.total}"
+                emit(Logged(line))
+                steps.append((line, time.time()))
                 now = time.monotonic()
                 wants_preview = job.previews and self._exit.has_previews and step < progress.total
                 if wants_preview and now - previewed_at >= PREVIEW_S:
@@ -335,6 +349,7 @@ class Worker:
         finally:
             for sample in ahead:
                 self._engine.remove(sample)
+        return steps
 
     async def _preview(
         self, pipeline: AnyPipeline, request: EndpointInput, generation: Generation
@@ -386,7 +401,7 @@ class Worker:
 
     @staticmethod
     async def _off_loop(pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
+        return await asyncio.get_running_loop().run_in_executor(pool, _in_context(call), *args)
 
 
 def _by_field(named: Iterable[tuple[Location, _Fetched]]) -> Assets:
@@ -446,15 +461,27 @@ class _Outbox:
         return events
 
 
-class _Stopwatch:
-    """Seconds by stage, and in all as `inference`."""
+def _span(job: Job) -> AbstractContextManager[traces.Span]:
+    """A worker's part of the request's trace, in OpenTelemetry's words for generative AI."""
+    kind = {
+        "gen_ai.operation.name": "generate_content",
+        "gen_ai.output.type": "image",
+        "gen_ai.provider.name": "darkroom",
+    }
+    return traces.span(f"generate_content {job.endpoint_id}", job.traceparent, traces.of(job) | kind)
 
-    def __init__(self) -> None:
+
+class _Stopwatch:
+    """Seconds by stage, and in all as `inference`. Each stage is a part of the request's span."""
+
+    def __init__(self, span: traces.Span) -> None:
+        self._span = span
         self._start = self._last = time.monotonic()
         self._laps: dict[str, float] = {}
 
-    def lap(self, stage: str) -> None:
+    def lap(self, stage: str, moments: Sequence[traces.Moment] = ()) -> None:
         now = time.monotonic()
+        self._span.child(stage, now - self._last, moments)
         self._laps[stage] = round(now - self._last, 4)
         self._last = now
 
@@ -501,6 +528,11 @@ def _inline(encoded: Encoded) -> PictureFile:
         width=picture.width,
         height=picture.height,
     )
+
+
+def _in_context(call: Callable[..., T]) -> Callable[..., T]:
+    """The call on another thread, whose log lines are about this task's request as well."""
+    return partial(contextvars.copy_context().run, call)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -27,6 +27,7 @@ class Delivery:
     body: dict[str, Any]  # of that result
     attempt: int  # 1 for the first, counted on when it is sent again
     retries: int  # of the schedule that have been used
+    traceparent: str | None = None  # of its request, see Job
 
 
 @dataclass(frozen=True, slots=True)

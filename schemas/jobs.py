@@ -48,6 +48,7 @@ class Job:
     stores_io: bool = True  # whether its input and output stay after the result was due to be fetched
     tags: tuple[str, ...] = ()  # the caller's own words for it
     keep_s: int | None = None  # how long the output's files are kept; None: for good
+    traceparent: str | None = None  # the span that it goes on with, in W3C's form
     waited_s: float = 0.0  # from its acceptance until it was handed to a worker; the queue keeps it nowhere
 
 

@@ -8,7 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from deployments import traces
 from pipelines import zoo
 from tests.support.postgres import PostgresServer, postgres_at_work
 
@@ -22,6 +25,15 @@ def _one_torch_thread() -> None:
 def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded FLUX, built for this session."""
     return zoo.locate("flux", tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    """Has every span that this process tells."""
+    exporter = InMemorySpanExporter()
+    traces.send_to(SimpleSpanProcessor(exporter), "gateway")
+    yield exporter
+    traces.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from deployments import metrics
+from deployments import logs, metrics, traces
 from deployments.files.guard import Guard
 from deployments.files.store import FileStore
 from deployments.files.uploads import Uploads
@@ -67,6 +67,7 @@ class Wishes:
     stores_io: bool = True  # keep input and output as long as any
     tags: tuple[str, ...] = ()
     idempotency_key: str | None = None  # what comes again under it is the same request
+    traceparent: str | None = None  # the span of the caller's that it is part of
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +135,26 @@ class Gateway:
         Raises NotFound, InputError, StoreFull, BadRequest for a webhook to where none may go, and what
         Queue.submit raises for one request too many.
         """
+        wishes = wishes or Wishes()
+        known = {"gen_ai.request.model": endpoint_id} if endpoint_id in self._routes else {}
+        with traces.span("submit", wishes.traceparent, known, "SERVER") as span:
+            accepted = await self._accept(endpoint_id, fields, caller, wishes, span.traceparent)
+            span.set(traces.of(accepted.job))
+        return accepted
+
+    async def _accept(
+        self,
+        endpoint_id: str,
+        fields: Mapping[str, Any],
+        caller: Caller,
+        wishes: Wishes,
+        traceparent: str | None,
+    ) -> Accepted:
         self.files.check_room(self.settings.min_free_bytes)
         model = self._model_of(endpoint_id)
         kind = registry.endpoint(endpoint_id).input_type()
         request = validation.validate(kind, fields, self.settings.limits)
         ignored = tuple(validation.ignored(kind, fields))
-        wishes = wishes or Wishes()
         self._check_receiver(wishes.webhook_url)
         document = request.model_dump(mode="json", exclude_none=True)
         if caller.base_url:
@@ -159,6 +174,7 @@ class Gateway:
             stores_io=wishes.stores_io,
             tags=wishes.tags,
             keep_s=wishes.keep_s or self.settings.keep.files_s,
+            traceparent=traceparent,
         )
         notes = [Logged(f"unknown field {name!r} was ignored", "WARN") for name in ignored]
         if job.priority != wishes.priority:
@@ -173,7 +189,9 @@ class Gateway:
         else:
             first = await self._queue.get(receipt.request_id, caller.tenant)
             job = first.job if first is not None else job
-        logger.info("%s %s for %s", "found" if receipt.replayed else "accepted", job.request_id, endpoint_id)
+        with logs.about(job.request_id, traceparent):
+            verb = "found" if receipt.replayed else "accepted"
+            logger.info("%s %s for %s", verb, job.request_id, endpoint_id)
         return Accepted(job, receipt, ignored)
 
     async def recent(

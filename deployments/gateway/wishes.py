@@ -2,6 +2,7 @@
 
 from starlette.requests import HTTPConnection, Request
 
+from deployments import traces
 from deployments.gateway import lifecycle, retries
 from deployments.gateway.addresses import parse_url
 from deployments.gateway.flags import flag
@@ -48,6 +49,7 @@ def read(request: Request, *, previews: bool, waits: bool = False) -> Wishes:
         tags=_tags(request),
         idempotency_key=_idempotency_key(request),
         keep_s=lifecycle.keep_s(request.headers, lifecycle.PREFERRED),
+        traceparent=traces.continued(request.headers.getlist("traceparent")),
     )
 
 

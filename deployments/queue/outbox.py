@@ -45,7 +45,7 @@ REVIVE = (
 )
 
 CLAIMABLE = (
-    select(deliveries, requests.c.tenant, requests.c.status, requests.c.body)
+    select(deliveries, requests.c.tenant, requests.c.status, requests.c.body, requests.c.traceparent)
     .join(requests, requests.c.request_id == deliveries.c.request_id)
     .where(_ripe, deliveries.c.host == bindparam("of_host"))
     .order_by(deliveries.c.next_attempt_at, deliveries.c.seq)

@@ -38,6 +38,7 @@ def job(row: RowMapping) -> Job:
         stores_io=row["stores_io"],
         tags=tuple(row["tags"] or ()),
         keep_s=row["keep_s"],
+        traceparent=row["traceparent"],
     )
 
 
@@ -111,6 +112,7 @@ def delivery(row: RowMapping, attempt: int) -> Delivery:
         body=row["body"],
         attempt=attempt,
         retries=row["retries"],
+        traceparent=row["traceparent"],
     )
 
 

@@ -50,6 +50,7 @@ requests = Table(
     Column("stores_io", Boolean, nullable=False, server_default=true()),
     Column("tags", JSON(none_as_null=True)),
     Column("keep_s", BigInteger),
+    Column("traceparent", String(55)),
     Column("state", String(10), nullable=False),
     Column("accepted_at", Float, nullable=False),
     Column("start_deadline", Float),

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from deployments import crash, metrics
+from deployments import crash, logs, metrics, traces
 from deployments.files.egress import Egress
 from deployments.files.guard import parse
 from deployments.queue import Outbox
@@ -129,13 +129,19 @@ class Sender:
 
     async def _send(self, delivery: Delivery) -> None:
         """One try, and what becomes of it."""
+        with logs.about(delivery.request_id, delivery.traceparent):
+            await self._send_it(delivery)
+
+    async def _send_it(self, delivery: Delivery) -> None:
         began = asyncio.get_running_loop().time()
 
         def outcome(status: int | None, error: str | None) -> Outcome:
             return Outcome(status, error, round(asyncio.get_running_loop().time() - began, 4))
 
         try:
-            went = outcome(*await self._try(delivery))
+            with traces.span("POST", delivery.traceparent, _told_of(delivery), "CLIENT") as span:
+                went = outcome(*await self._try(delivery, span))
+                span.received(went.status, went.error)
         except asyncio.CancelledError:
             await _insist(partial(self._outbox.release, delivery, outcome(None, INTERRUPTED)))
             return
@@ -144,7 +150,7 @@ class Sender:
             went = outcome(None, FAILED)
         await self._settle(delivery, went)
 
-    async def _try(self, delivery: Delivery) -> tuple[int | None, str | None]:
+    async def _try(self, delivery: Delivery, span: traces.Span) -> tuple[int | None, str | None]:
         """The receiver's status, or what went wrong."""
         status = None
         try:
@@ -156,7 +162,9 @@ class Sender:
                 )
                 silence_s = self._settings.timeout_s
                 crash.point("sender.signed")
-                async with self._egress.ask(place, "POST", headers, silence_s, content) as response:
+                async with self._egress.ask(
+                    place, "POST", headers | span.headers, silence_s, content
+                ) as response:
                     status = response.status_code
                     crash.point("sender.answered")
                     await _hear_out(response)
@@ -194,6 +202,16 @@ class Sender:
             return DeliveryState.FAILED, None
         share = self._settings.jitter * (2 * self._chance() - 1)
         return DeliveryState.DUE, self._settings.retries_s[delivery.retries] * (1 + share)
+
+
+def _told_of(delivery: Delivery) -> dict[str, str | int]:
+    """What its span says of a try: never the URL, whose path and query are the caller's secret."""
+    return {
+        "darkroom.request.id": delivery.request_id,
+        "http.request.method": "POST",
+        "server.address": delivery.host,
+        "darkroom.attempt": delivery.attempt,
+    }
 
 
 async def _hear_out(response: httpx.Response) -> None:

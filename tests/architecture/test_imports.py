@@ -67,6 +67,7 @@ SEAMS = {
     ),
     "cryptography": ("deployments.webhooks.keyring", "deployments.connect.authority"),
     "h11": ("deployments.connect",),
+    "opentelemetry": ("deployments.traces",),
     "pipelines.registry": (
         "deployments.gateway",
         "deployments.worker",

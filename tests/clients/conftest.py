@@ -24,6 +24,7 @@ from tests.clients.inputs import (
     encoded,
     shapes,
 )
+from tests.support.collector import Collector, collecting
 from tests.support.node import install
 from tests.support.receivers import Receiver, receiving
 from tests.support.server import Server, start, write_config
@@ -45,7 +46,14 @@ Tell = Callable[..., dict[str, Any]]  # a script and what it is given → its re
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    """What the server tells its traces to."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
     """One server for the whole suite. Each model runs one request at a time, so that others can be seen to
     wait, and may fetch from this machine."""
     folder = tmp_path_factory.mktemp("clients")
@@ -67,7 +75,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     universal["bases"]["names"][UNIVERSAL_EXAMPLE["model_name"]] = "zoo:sdxl"
     universal["limits"] = {"max_pixels": UNIVERSAL_SIDE**2}
     path.write_text(yaml.safe_dump(config))
-    server = start(path, keys=f"{ALICE} {BOB}")
+    traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    server = start(path, keys=f"{ALICE} {BOB}", environment=traces)
     yield server
     assert server.stop() == 0
 

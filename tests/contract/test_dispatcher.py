@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext
 
 from deployments.dispatcher import Dispatcher
 from deployments.queue import Queue
@@ -21,6 +23,14 @@ STYLED = "fal-ai/flux-lora/image-to-image"
 
 def catalogue(*endpoints: str, **entry: float) -> Catalogue:
     return Catalogue.model_validate({"models": {"flux": {"endpoints": endpoints, "window": 3, **entry}}})
+
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def written(context: SpanContext | None) -> str:
+    assert context is not None
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
 
 
 CATALOGUE = catalogue(ENDPOINT, STYLED)
@@ -60,6 +70,12 @@ async def end(queue: Queue, job: Job) -> JobResult:
         raise AssertionError("unknown job")
 
     return await asyncio.wait_for(watch(), 20)
+
+
+async def ended(*dispatchers: Dispatcher) -> None:
+    """Wait until nothing runs."""
+    while tasks := [run.task for each in dispatchers for run in each._runs.values()]:
+        await asyncio.wait(tasks)
 
 
 async def end_past_backoffs(queue: Queue, job: Job, clock: Clock) -> JobResult:
@@ -154,6 +170,68 @@ async def test_a_job_whose_worker_dies_is_run_again(
     await queue.submit(job)
     assert (await end_past_backoffs(queue, job, clock)).status == 200
     assert len(model.order) == 3
+
+
+async def test_every_start_of_a_job_is_part_of_its_trace(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock, spans: InMemorySpanExporter
+) -> None:
+    model.failures = [WorkerLost("gone")]
+    model.open.set()
+    job = make_job(traceparent=PARENT)
+    await queue.submit(job)
+    assert (await end_past_backoffs(queue, job, clock)).status == 200
+    await ended(dispatcher)
+    first, second = [each for each in spans.get_finished_spans() if each.name == "dispatch"]
+    assert [written(each.parent) for each in (first, second)] == [PARENT, PARENT]
+    assert [written(each.context) for each in (first, second)] == model.traceparents
+    numbers = [
+        {name: each.attributes[name] for name in ("darkroom.attempt", "darkroom.fence")}
+        for each in (first, second)
+        if each.attributes is not None
+    ]
+    assert numbers == [
+        {"darkroom.attempt": 1, "darkroom.fence": 1},
+        {"darkroom.attempt": 2, "darkroom.fence": 2},
+    ]
+    assert first.attributes is not None and second.attributes is not None
+    assert (first.attributes["error.type"], first.status.is_ok) == (WorkerLost.error_type, False)
+    assert (second.attributes["http.response.status_code"], second.status.is_ok) == (200, True)
+    assert "a cat" not in str([(each.attributes, each.events) for each in (first, second)])
+
+
+async def test_a_trace_goes_on_with_the_next_dispatcher(
+    queue: Queue, make_dispatcher: Make, model: ScriptedModel, clock: Clock, spans: InMemorySpanExporter
+) -> None:
+    job = make_job(traceparent=PARENT)
+    await queue.submit(job)
+    clock.now += 7
+    older = await make_dispatcher()
+    await asyncio.wait_for(model.began.acquire(), 10)
+    await older.close()
+    model.open.set()
+    newer = await make_dispatcher()
+    assert (await end(queue, job)).status == 200
+    await ended(newer)
+    told = spans.get_finished_spans()
+    assert {written(each.parent) for each in told} == {PARENT}
+    waited, stopped, *_, done = told
+    assert (waited.name, stopped.name, done.name) == ("queue", "dispatch", "dispatch")
+    assert waited.start_time is not None and waited.end_time is not None
+    assert (waited.end_time - waited.start_time) / 1e9 == pytest.approx(7.0, abs=1e-3)
+    assert stopped.attributes is not None and stopped.attributes["error.type"] == "cancelled"
+    assert done.status.is_ok
+
+
+async def test_waiting_for_a_worker_that_is_not_there_is_no_start_in_the_trace(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock, spans: InMemorySpanExporter
+) -> None:
+    model.failures = [NotReady("nobody"), NotReady("nobody")]
+    model.open.set()
+    job = make_job(traceparent=PARENT)
+    await queue.submit(job)
+    assert (await end_past_backoffs(queue, job, clock)).status == 200
+    await ended(dispatcher)
+    assert [each.name for each in spans.get_finished_spans()] == ["queue", "dispatch"]
 
 
 async def test_a_job_that_kills_every_worker_is_given_up(

@@ -49,6 +49,7 @@ class ScriptedModel:
     order: list[str] = field(default_factory=list)
     backlogs: list[Backlog] = field(default_factory=list)  # beside each job, as it was told
     waited: list[float] = field(default_factory=list)  # seconds, by each job
+    traceparents: list[str | None] = field(default_factory=list)  # by each job
     prefetched: list[str] = field(default_factory=list)
     queues: bool = False  # a job waits in the worker before it begins
     is_deaf: bool = False  # a prefetch does not come back
@@ -60,6 +61,7 @@ class ScriptedModel:
     async def generate(self, job: Job, backlog: Backlog) -> AsyncGenerator[Update]:
         self.backlogs.append(backlog)
         self.waited.append(job.waited_s)
+        self.traceparents.append(job.traceparent)
         self.running += 1
         self.most = max(self.most, self.running)
         self.order.append(job.request_id)

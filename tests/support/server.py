@@ -126,8 +126,11 @@ class Server:
         return [pid for pid in session if name in _command(pid)]
 
 
-def start(config: Path, *, keys: str = "", port: int | None = None) -> Server:
+def start(
+    config: Path, *, keys: str = "", port: int | None = None, environment: Mapping[str, str] | None = None
+) -> Server:
     """Start a server and wait until it is ready. `keys`: ID:SECRET pairs, none for no authentication."""
+    ours = {"DARKROOM_KEYS": keys, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     log = config.parent / "server.log"
     port = port or free_port()
     command = [sys.executable, "-m", "deployments.cli", "serve", "--config", str(config)]
@@ -135,7 +138,7 @@ def start(config: Path, *, keys: str = "", port: int | None = None) -> Server:
         process = subprocess.Popen(
             [*command, "--port", str(port), "--verbose"],
             cwd=ROOT,
-            env={**os.environ, "DARKROOM_KEYS": keys, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **ours, **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,

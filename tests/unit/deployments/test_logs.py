@@ -4,6 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from contextvars import copy_context
 from logging.handlers import MemoryHandler
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.logs import MAX_CHARS, MAX_TRACE_CHARS, Json, clean, install, outcome, words
+from deployments.logs import MAX_CHARS, MAX_TRACE_CHARS, Json, about, clean, install, outcome, words
 from schemas.jobs import JobResult, Record, State
 from tests.support.jobs import make_job
 
@@ -198,12 +199,33 @@ def test_t23_hiding_takes_time_in_proportion() -> None:
         assert len(clean(text, 25_000)) <= 30_000
 
 
+def test_lines_about_a_request_say_so_whoever_writes_them_when(lines: Lines, form: str) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with about("a-request", f"00-{trace}-b7ad6b7169203331-01"):
+        lines.log.info("loaded")
+        copy_context().run(lines.log.info, "on another thread")
+        with about("another", None):
+            lines.log.info("inside", extra={"fields": {"status": 200}})
+        lines.log.info("after")
+    lines.log.info("later")
+    if form == "plain":
+        said = ["loaded", "on another thread", "inside", "after", "later"]
+        assert lines.lines == [f"INFO {each}" for each in said]
+        return
+    always = {"time", "level", "logger", "message"}
+    told = [json.loads(line).items() for line in lines.lines]
+    fields = [{name: value for name, value in each if name not in always} for each in told]
+    mine = {"request_id": "a-request", "trace_id": trace}
+    assert fields == [mine, mine, {"request_id": "another", "status": 200}, mine, {}]
+
+
 def test_the_outcome_of_a_request_has_what_an_operator_asks_for() -> None:
-    job = make_job(tenant="alice")
+    job = make_job(tenant="alice", traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
     record = Record(job, State.COMPLETED, 10.0, started_at=12.5, finished_at=13.0, attempts=2)
     told = outcome(record, JobResult.success({}, 0.5))
     assert told == {
         "request_id": job.request_id,
+        "trace_id": "0af7651916cd43dd8448eb211c80319c",
         "endpoint": job.endpoint_id,
         "model": "flux",
         "tenant": "alice",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from deployments.files.egress import Egress
 from deployments.files.guard import IPAddress
@@ -81,8 +82,8 @@ def sender(make_sender: Make) -> Sender:
     return make_sender()
 
 
-async def owe(queue: Queue, url: str) -> Job:
-    job = make_job(webhook_url=url, tenant="alice")
+async def owe(queue: Queue, url: str, traceparent: str | None = None) -> Job:
+    job = make_job(webhook_url=url, tenant="alice", traceparent=traceparent)
     await queue.submit(job)
     [claim] = await queue.claim("flux", "one", 1)
     assert await queue.finish(claim, JobResult.success(OUTPUT, 0.5))
@@ -129,6 +130,31 @@ async def test_what_is_owed_arrives_signed_and_is_not_sent_again(
     clock.now += 10**6
     assert await send(sender) == 0
     assert receiver.all() == []
+
+
+async def test_every_try_is_part_of_its_requests_trace_and_tells_no_url(
+    queue: Queue, sender: Sender, receiver: Receiver, clock: Clock, spans: InMemorySpanExporter
+) -> None:
+    receiver.statuses["/secret-path?token=secret-token"] = [503, 200]
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    job = await owe(queue, f"{receiver.url}/secret-path?token=secret-token", traceparent=parent)
+    await send(sender)
+    clock.now += 10**4
+    await send(sender)
+    posts, told = receiver.all(), spans.get_finished_spans()
+    assert [each.parent and f"{each.parent.span_id:016x}" for each in told] == ["b7ad6b7169203331"] * 2
+    assert [post.headers["traceparent"] for post in posts] == [
+        f"00-0af7651916cd43dd8448eb211c80319c-{each.context.span_id:016x}-01" for each in told if each.context
+    ]
+    common = {
+        "darkroom.request.id": job.request_id,
+        "http.request.method": "POST",
+        "server.address": "127.0.0.1",
+    }
+    assert [each.attributes for each in told] == [
+        {**common, "darkroom.attempt": 1, "http.response.status_code": 503, "error.type": "503"},
+        {**common, "darkroom.attempt": 2, "http.response.status_code": 200},
+    ]
 
 
 async def test_the_loop_hears_of_what_falls_due(
