@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 UPDATE_S = 0.05  # events of so long travel together
 PREVIEW_S = 0.5  # the shortest time between two previews of a job
+NO_STAGES = frozenset(("queue", "inference", "steps_skipped", "float8_layers"))  # of timings
 RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
 PREFETCHES = 2  # files fetched ahead at once
 
@@ -88,6 +89,7 @@ class Worker:
         self._prefetches: set[asyncio.Task[None]] = set()
         self._pipelines, model = _load(settings)
         self._manner = f"in {model.precision or settings.dtype}, by {model.attention} attention"
+        self._narrowed = {"float8_layers": float(model.float8_layers)} if model.float8_layers else {}
         self._holdings = Holdings(model)
         self._exit = Exit(_load_safety_checker(settings), settings.safety)
         self._decodings = Decoding()
@@ -248,6 +250,7 @@ class Worker:
         if generation.check_safety and not self._exit.checks(generation):
             emit(Logged("no safety checker is configured: the pictures were not checked", "WARN"))
         timings = {"queue": round(queue_s, 4)} | watch.timings() | _speed(generation, watch)
+        timings |= self._narrowed
         _measure(self._name, timings)
         logger.debug("request %s %s: %s", job.request_id, self._manner, timings)
         outcome = Outcome(tuple(pictures), generation.seed, finished.flags, timings, traces)
@@ -490,13 +493,18 @@ class _Stopwatch:
 
 
 def _speed(generation: Generation, watch: _Stopwatch) -> dict[str, float]:
-    """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps."""
+    """How fast the steps were, and how many pictures shared a forward in the mean; nothing without steps.
+
+    Where most of some steps was skipped, also of how many a picture in the mean.
+    """
     steps = [sample.step for sample in generation.samples]
     if not any(steps):
         return {}
     rows = sum(sample.company for sample in generation.samples) / sum(steps)
     speed = max(steps) / max(watch.seconds("denoise"), 1e-4)
-    return {"steps_per_second": round(speed, 2), "rows": round(rows, 2)}
+    reused = sum(len(sample.reused) for sample in generation.samples)
+    skipped = {"steps_skipped": round(reused / len(steps), 2)} if reused else {}
+    return {"steps_per_second": round(speed, 2), "rows": round(rows, 2), **skipped}
 
 
 def _measure(model: str, timings: Mapping[str, float]) -> None:
@@ -506,7 +514,7 @@ def _measure(model: str, timings: Mapping[str, float]) -> None:
             metrics.PACE.observe(value, model=model)
         elif name == "rows":
             metrics.COMPANY.observe(value, model=model)
-        elif name not in ("queue", "inference"):  # what is no stage, and the sum of those
+        elif name not in NO_STAGES:
             metrics.STAGE.observe(value, model=model, stage=name)
 
 
@@ -569,6 +577,7 @@ def _load(settings: ModelSettings) -> tuple[Mapping[str, AnyPipeline], Model]:
     started = time.monotonic()
     model = next(iter(kinds.values())).model_type.load(settings, sources.locate)
     logger.info("loaded %s in %.1f s", settings.model, time.monotonic() - started)
+    model.warm()
     return {endpoint_id: kind(model) for endpoint_id, kind in kinds.items()}, model
 
 

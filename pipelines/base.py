@@ -30,8 +30,9 @@ ModelT = TypeVar("ModelT", bound="Model")
 class Model(ABC):
     """A family's resident weights."""
 
-    attention = "sdpa"  # what computes it in a step: PyTorch's own, unless a family says otherwise
+    attention = "sdpa"  # what computes it in a step: PyTorch's own; "sdpa (flash)" by the kernel it chose
     precision: str | None = None  # in which numbers it computes, where not in the settings' dtype
+    float8_layers = 0  # how many of its layers multiply in float8
 
     @classmethod
     @abstractmethod
@@ -47,6 +48,9 @@ class Model(ABC):
 
         The samples share a key. Answers have the shape of the sample's latents, in float32.
         """
+
+    def warm(self) -> None:  # noqa: B027 - a model that needs none has none
+        """Measure, compile and capture what the first requests will need; may take minutes on a GPU."""
 
     def decode_together(self, samples: Sequence[Sample]) -> Mapping[Sample, Tensor]:
         """The pixels [3, height, width] of those finished samples that are worth decoding in one call."""

@@ -20,6 +20,7 @@ from schemas.settings import BaseSettings, ModelSettings
 
 GIB = 2**30
 CLIP_TOKENS = 77
+DENOISERS = ("transformer", "unet")  # whose blocks may be compiled
 UNREADABLE = (AssetError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
@@ -100,7 +101,7 @@ def placed(
     found = _local(settings.model, locate)
     return Placement(
         settings.model,
-        tuple(_weights(settings, dtype, locate)),
+        (*_weights(settings, dtype, locate), *_stage(settings, dtype, found)),
         tuple(_peaks(settings, dtype, found, locate)),
         tuple(_stores(settings, dtype, found)),
         settings.num_gpus if settings.device.startswith("cuda") else 0,
@@ -154,6 +155,8 @@ def _peaks(
         yield Part("forward, decode", None, "the model has no folder here with a transformer or a unet")
         return
     yield _told("forward", partial(forward_bytes, net, dtype, tokens, length), f"{tokens} image tokens")
+    if settings.speed.acceleration != "none":
+        yield _told("remembered steps", partial(_remembered, net, dtype, tokens), f"{tokens} image tokens")
     beside = _local(settings.controlnet, locate) if settings.controlnet else None
     for net in components(beside) if beside is not None else []:
         yield _told("controlnet", partial(forward_bytes, net, dtype, tokens, length), "beside the forward")
@@ -162,9 +165,17 @@ def _peaks(
         yield _told("decode", lambda: decode_bytes(vae, kept, pixels), f"{pixels / 1e6:.1f} megapixels")
 
 
+def _remembered(net: Component, dtype: torch.dtype, tokens: int) -> int:
+    """What the rows of a batch keep for `acceleration`: two tensors as wide as the transformer."""
+    config = net.config()
+    width: int = config["num_attention_heads"] * config["attention_head_dim"]
+    return 2 * tokens * width * dtype.itemsize
+
+
 def _stores(settings: ModelSettings, dtype: torch.dtype, folder: Path | None) -> Iterator[Part]:
     if folder is not None and folder.is_dir():
-        layers = [each for each in components(folder) if each.name != "vae"]
+        staged = DENOISERS if settings.speed.compile != "none" else ()
+        layers = [each for each in components(folder) if each.name not in ("vae", *staged)]
         yield _told(
             "LoRA bank", lambda: _bank(layers, dtype, settings.lora_rank), f"rank {settings.lora_rank}"
         )
@@ -172,6 +183,14 @@ def _stores(settings: ModelSettings, dtype: torch.dtype, folder: Path | None) ->
         yield Part("base models", settings.bases.memory_bytes, "the one at the start included")
     yield Part("adapters", settings.adapter_bytes)
     yield Part("texts and pictures", settings.text_cache_bytes + settings.picture_cache_bytes)
+
+
+def _stage(settings: ModelSettings, dtype: torch.dtype, folder: Path | None) -> Iterator[Part]:
+    """The bank of compiled blocks: there from the start, and a second time as its stage."""
+    if settings.speed.compile != "none" and folder is not None and folder.is_dir():
+        layers = [each for each in components(folder) if each.name in DENOISERS]
+        rank = settings.lora_rank
+        yield _told("LoRA bank and stage", lambda: 2 * _bank(layers, dtype, rank), f"rank {rank}, twice")
 
 
 def _bank(parts: list[Component], dtype: torch.dtype, rank: int) -> int:

@@ -8,6 +8,10 @@ range of ranks, and a forward adds, for each of its rows, the ranges that the ro
 and the scaled biases of adapters that have some, so rows of one batch carry different adapters, any
 number each, and the base stays as it was loaded. A scale may differ from layer to layer. Beside a
 convolution, `down` is a convolution with its settings to as many channels as ranks, and `up` a 1×1 one.
+
+For compiled and captured forwards there is a second set of buffers, the stage. The ranks that a batch uses
+are copied to its beginning, when they are others than before, so that every forward reads the same places in
+one of a few widths (`stage_widths`): neither a graph nor a captured forward depends on where an adapter lies.
 The idea of batching adapters this way is that of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285).
 """
 
@@ -15,17 +19,30 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Condition
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from pipelines.adapters.lora import Lora, LoraLayer
+from pipelines.adapters.uploading import uploaded
 from schemas.errors import AssetError
 
 Adaptable = nn.Linear | nn.Conv2d  # convolutions without groups
+_LEAST_WIDTH, _WIDER = 16, 4  # ranks of the narrowest stage, and how much wider each further one is
+
+
+def stage_widths(rank: int) -> tuple[int, ...]:
+    """How many ranks a staged forward may read: 16, 64, 256 …, as far as `rank` goes, and `rank`."""
+    widths = []
+    width = _LEAST_WIDTH
+    while width < rank:
+        widths.append(width)
+        width *= _WIDER
+    return (*widths, rank) if rank else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +66,12 @@ class _Resident:
 
     start: int
     stop: int
+    is_biased: bool = False
     pins: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.stop - self.start
 
     @property
     def acts(self) -> bool:
@@ -70,16 +92,22 @@ class _Active:
 
 
 class _Layer:
-    """The buffers of one module, and the hook that adds them to its output."""
+    """The buffers of one module, whose class becomes one that adds them to its output."""
 
     def __init__(self, bank: "LoraBank", name: str, module: Adaptable) -> None:
         self._bank = bank
         self._name = name
         out, *inner = module.weight.shape
-        self._down = module.weight.new_zeros(bank.rank, *inner)
-        self._up = module.weight.new_zeros(out, bank.rank)
+        # up lies rank by rank, so that a range of ranks is in one piece
+        self.down = module.weight.new_zeros(bank.rank, *inner, dtype=dtype_of(module))
+        self.up = module.weight.new_zeros(bank.rank, out, dtype=dtype_of(module))
+        self.staged_down = self.staged_up = self.down[:0]
+        if bank.is_staged:
+            self.staged_down, self.staged_up = torch.zeros_like(self.down), torch.zeros_like(self.up)
         self._biases: Mapping[int, Tensor] = {}  # [out] of adapters that have one, by their first rank
-        module.register_forward_hook(self._add)
+        adapted: Any = module
+        kind: Any = type(module)
+        adapted.lora, adapted.__class__ = self, _adapted(kind)
 
     def put(self, start: int, stop: int, given: LoraLayer | None) -> None:
         """Write ranks [start, stop); what is not given becomes zero."""
@@ -88,31 +116,63 @@ class _Layer:
         used = start
         if given is not None:
             used += given.rank
-            _check_range(given, self._down.dtype)
-            self._down[start:used].copy_(given.down)
-            self._up[:, start:used].copy_(given.up)
+            self.down[start:used].copy_(given.down)
+            self.up[start:used].copy_(given.up.mT)
             if given.bias is not None:
-                biases[start] = given.bias.to(self._up)
+                biases[start] = given.bias.to(self.up)
         if used < stop:
-            self._down[used:stop] = 0
-            self._up[:, used:stop] = 0
+            self.down[used:stop] = 0
+            self.up[used:stop] = 0
         self._biases = biases
 
-    def _add(self, module: Adaptable, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def added(self, module: Adaptable, x: Tensor, output: Tensor) -> Tensor:
+        """The module's output for `x` with what the rows' adapters add."""
+        staged = self._bank.staged
+        if staged is not None:
+            width = staged.shape[1]
+            return output + _branch(module, x, self.staged_down[:width], self.staged_up[:width], staged)
         active = self._bank.active
-        if active is None:
-            return None
-        x: Tensor = inputs[0]
-        down, up = self._down[active.start : active.stop], self._up[:, active.start : active.stop]
-        scales = active.apart.get(self._name, active.scales).to(x.dtype)
-        over = _over(module, scales, x)
-        # what overflows for an adapter that a row does not use must not become NaN in it
-        inner = (_narrow(module, x, down) * over).masked_fill_(over == 0, 0)
-        added = _widen(module, inner, up)
+        return output if active is None else output + self._unstaged(active, module, x)
+
+    def _unstaged(self, active: _Active, module: Adaptable, x: Tensor) -> Tensor:
+        down, up = self.down[active.start : active.stop], self.up[active.start : active.stop]
+        scales = active.apart.get(self._name, active.scales)
+        added = _branch(module, x, down, up, scales)
+        scales = scales.to(x.dtype)
         for first, bias in self._biases.items():
             if active.start <= first < active.stop:  # all ranks of an adapter have its scale
                 added += _over(module, scales[:, first - active.start, None] * bias, x)
-        return output + added
+        return added
+
+
+class _Adapted(nn.Module):
+    """What comes before a module's own class once a bank has a layer for it."""
+
+    lora: _Layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora.added(cast(Adaptable, self), x, super().forward(x))
+
+
+@cache
+def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of its own and no hook: torch.compile follows it, and finds the same in every block."""
+    if issubclass(kind, _Adapted):  # of another bank, whose time is over
+        return kind
+    return type(f"Adapted{kind.__name__}", (_Adapted, kind), {})
+
+
+def dtype_of(module: Adaptable) -> torch.dtype:
+    """What a module computes in, which its weight may be narrower than."""
+    dtype: torch.dtype = getattr(module, "computes_in", module.weight.dtype)
+    return dtype
+
+
+def _branch(module: Adaptable, x: Tensor, down: Tensor, up: Tensor, scales: Tensor) -> Tensor:
+    over = _over(module, scales.to(x.dtype), x)
+    # what overflows for an adapter that a row does not use must not become NaN in it
+    inner = (_narrow(module, x, down) * over).masked_fill(over == 0, 0)
+    return _widen(module, inner, up)
 
 
 def _check_range(given: LoraLayer, dtype: torch.dtype) -> None:
@@ -139,7 +199,7 @@ def _narrow(module: Adaptable, x: Tensor, down: Tensor) -> Tensor:
 
 def _widen(module: Adaptable, inner: Tensor, up: Tensor) -> Tensor:
     """From one channel for each rank to the module's output."""
-    return linear(inner, up) if isinstance(module, nn.Linear) else conv2d(inner, up[..., None, None])
+    return linear(inner, up.mT) if isinstance(module, nn.Linear) else conv2d(inner, up.mT[..., None, None])
 
 
 def _over(module: Adaptable, values: Tensor, x: Tensor) -> Tensor:
@@ -156,13 +216,21 @@ class LoraBank:
     modules.
     """
 
-    def __init__(self, targets: Mapping[str, Adaptable], rank: int) -> None:
+    def __init__(self, targets: Mapping[str, Adaptable], rank: int, *, staged_rows: int = 0) -> None:
+        """With `staged_rows` the bank has a stage for so many rows; all layers' buffers are made at once."""
         self.rank = rank
+        self.is_staged = staged_rows > 0 and rank > 0 and bool(targets)
         self.active: _Active | None = None
+        self.staged: Tensor | None = None  # the scales of a staged forward under way, [rows, width]
         self._targets = targets
+        self._on_stage: dict[str, range] = {}  # which ranks of the stage an adapter has
         self._layers: dict[str, _Layer] = {}  # made when an adapter first targets them
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._changed = Condition()
+        if self.is_staged:
+            with torch.inference_mode():
+                self._layers = {name: _Layer(self, name, module) for name, module in targets.items()}
+                self._scales = torch.zeros(staged_rows * rank, device=self._device)
 
     def hold(self, loras: Mapping[str, Lora]) -> None:
         """Make adapters resident and keep them so until `release`; waits while others need the room.
@@ -200,13 +268,38 @@ class LoraBank:
         return tuple(use for use in uses if self._residents[use.name].acts)
 
     @contextmanager
-    def rows(self, uses: Sequence[Sequence[LoraUse]]) -> Iterator[None]:
-        """The forwards inside add these held adapters, row by row."""
-        self.active = self._activate(uses)
+    def rows(self, uses: Sequence[Sequence[LoraUse]], *, staged: bool = False) -> Iterator[None]:
+        """The forwards inside add these held adapters, row by row; `staged` where `can_stage` says so."""
+        if staged:
+            self.staged = self._staged(uses)
+        else:
+            self.active = self._activate(uses)
         try:
             yield
         finally:
-            self.active = None
+            self.active = self.staged = None
+
+    @contextmanager
+    def staging(self, rows: int, width: int) -> Iterator[None]:
+        """The forwards inside are as staged ones of `width` ranks, 0 for none, whose adapters add nothing."""
+        self.staged = self._scales_of(rows, width).zero_() if width else None
+        try:
+            yield
+        finally:
+            self.staged = None
+
+    def can_stage(self, uses: Sequence[Sequence[LoraUse]]) -> bool:
+        """Whether these rows' adapters have neither biases nor scales of single layers, and rows enough."""
+        used = [use for each in uses for use in each]
+        if not used:
+            return True
+        if not self.is_staged or len(uses) * self.rank > len(self._scales):
+            return False
+        return not self._apart(used) and not any(self._residents[use.name].is_biased for use in used)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._targets.values())).weight.device
 
     @property
     def names(self) -> list[str]:
@@ -272,11 +365,60 @@ class LoraBank:
             del self._residents[name]
 
     def _write(self, resident: _Resident, layers: Mapping[str, LoraLayer]) -> None:
+        for key, layer in layers.items():
+            _check_range(layer, dtype_of(self._targets[key]))
         with torch.inference_mode():
             for key in layers.keys() - self._layers.keys():
                 self._layers[key] = _Layer(self, key, self._targets[key])
-            for key, layer in self._layers.items():
-                layer.put(resident.start, resident.stop, layers.get(key))
+            given = uploaded(layers, self._device) if layers else layers
+            for key, own in self._layers.items():
+                own.put(resident.start, resident.stop, given.get(key))
+        resident.is_biased = any(layer.bias is not None for layer in layers.values())
+
+    def _staged(self, uses: Sequence[Sequence[LoraUse]]) -> Tensor | None:
+        """The scales of a staged forward; what it reads is on the stage then."""
+        used = {
+            use.name: self._residents[use.name].rank
+            for each in uses
+            for use in each
+            if self._residents[use.name].acts
+        }
+        if not used:
+            return None
+        needed = self._width(sum(used.values()))
+        if not self._on_stage.keys() >= used.keys() or self._width_on_stage > needed:
+            self._set_stage(used)
+        scales = torch.zeros(len(uses), self._width_on_stage)
+        for row, use in ((row, use) for row, each in enumerate(uses) for use in each if use.name in used):
+            ranks = self._on_stage[use.name]
+            scales[row, ranks.start : ranks.stop] += use.scale
+        return self._scales_of(*scales.shape).copy_(scales)
+
+    def _scales_of(self, rows: int, width: int) -> Tensor:
+        """Where the scales of such a forward lie, always the same place."""
+        return self._scales[: rows * width].view(rows, width)
+
+    @property
+    def _width_on_stage(self) -> int:
+        return self._width(sum(map(len, self._on_stage.values())))
+
+    def _width(self, ranks: int) -> int:
+        """The narrowest stage that holds so many ranks."""
+        return next(width for width in stage_widths(self.rank) if width >= ranks)
+
+    def _set_stage(self, names: Iterable[str]) -> None:
+        """Copy the adapters' ranks to the beginning of every layer's stage, in a few calls."""
+        self._on_stage = {}
+        to, of, start = [], [], 0
+        for name in names:
+            resident = self._residents[name]
+            stop = start + resident.rank
+            for layer in self._layers.values():
+                to += [layer.staged_down[start:stop], layer.staged_up[start:stop]]
+                of += [layer.down[resident.start : resident.stop], layer.up[resident.start : resident.stop]]
+            self._on_stage[name] = range(start, stop)
+            start = stop
+        torch._foreach_copy_(to, of)
 
     def _activate(self, uses: Sequence[Sequence[LoraUse]]) -> _Active | None:
         used = [(row, use, self._residents[use.name]) for row, each in enumerate(uses) for use in each]

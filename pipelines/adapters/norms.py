@@ -4,7 +4,7 @@ Some adapters, such as control LoRAs, replace the weights of norms instead of ad
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,6 @@ class Norms:
 
     def __init__(self, modules: Mapping[str, nn.RMSNorm]) -> None:
         self._modules = modules
-        self._active: Mapping[str, Mapping[int, Tensor]] = {}  # by norm and row, in the forward under way
-        for name, module in modules.items():
-            module.register_forward_hook(partial(self._replace, name))
 
     def placed(self, overrides: Overrides) -> Overrides:
         """The weights as the modules hold theirs: same device, same dtype. `rows` takes them as they are."""
@@ -32,17 +29,23 @@ class Norms:
 
     @contextmanager
     def rows(self, overrides: Sequence[Overrides]) -> Iterator[None]:
-        """In the forwards inside, row r has the weights `overrides[r]` where it names a norm."""
+        """In the forwards inside, row r has the weights `overrides[r]` where it names a norm.
+
+        Only there the modules have hooks: torch.compile does not look for hooks that come later.
+        """
         active: dict[str, dict[int, Tensor]] = {}
         for row, given in enumerate(overrides):
             for name, weight in self.placed(given).items():
                 active.setdefault(name, {})[row] = weight
-        self._active = active
-        try:
+        with ExitStack() as hooks:
+            for name, weights in active.items():
+                handle = self._modules[name].register_forward_hook(partial(_replace, weights))
+                hooks.callback(handle.remove)
             yield
-        finally:
-            self._active = {}
 
-    def _replace(self, name: str, module: nn.RMSNorm, inputs: tuple[Any, ...], output: Tensor) -> None:
-        for row, weight in self._active.get(name, {}).items():
-            output[row] = rms_norm(inputs[0][row], module.normalized_shape, weight, module.eps)
+
+def _replace(
+    weights: Mapping[int, Tensor], module: nn.RMSNorm, inputs: tuple[Any, ...], output: Tensor
+) -> None:
+    for row, weight in weights.items():
+        output[row] = rms_norm(inputs[0][row], module.normalized_shape, weight, module.eps)

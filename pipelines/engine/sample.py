@@ -51,6 +51,8 @@ class Sample:
     denoised: Tensor | None = None
     came: float = 0.0  # the batcher's clock when it was added
     patience: float = 1.0  # how long it lets others pass, by the work that it has left
+    memory: object = None  # its model's own, from one step to the next
+    reused: frozenset[int] = frozenset()  # the steps that took a part of their forward from an earlier one
     company: int = 0  # samples of the batches that stepped it, itself included, over all steps
 
     @property

@@ -22,6 +22,7 @@ class Pipeline(FluxPipeline[Input]):
             self.model.encode_prompt(request.prompt),
             self.model.sigmas(request.num_inference_steps, grid),
             request.guidance_scale,
+            reuse=self.model.reuse,
         )
         noise = (draw_noise(grid, seed + image) for image in range(request.num_images))
         return Generation(

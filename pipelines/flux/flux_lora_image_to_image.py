@@ -29,7 +29,8 @@ class Pipeline(FluxPipeline[Input]):
             adapters = self._adapters(self._read_styles("loras", request.loras, assets), held)
             sigmas = remaining(self.model.sigmas(request.num_inference_steps, grid), request.strength)
             text = self.model.encode_prompt(request.prompt, adapters.loras)
-            plan = FluxPlan(grid, Denoising(text, sigmas, request.guidance_scale, adapters))
+            leg = Denoising(text, sigmas, request.guidance_scale, adapters, reuse=self.model.reuse)
+            plan = FluxPlan(grid, leg)
             picture = self.model.encode_image(start, grid).cpu()
             samples = tuple(
                 Sample(

@@ -23,14 +23,17 @@ from pipelines.engine.sample import Sample
 from pipelines.flux import controlnet_file, easycontrol
 from pipelines.flux.controlnet_file import ControlNetConfig
 from pipelines.flux.easycontrol import EasyControl
+from pipelines.flux.first_block import THRESHOLDS, Remembered
 from pipelines.flux.lora_keys import WIDE, norms, targets, translator
 from pipelines.flux.plan import Conditioning, FluxPlan
 from pipelines.flux.redux import Redux
-from pipelines.flux.sampling import Grid, Shift, Spacing, pack, schedule, unpack
-from pipelines.flux.transformer import AdaptedTransformer
+from pipelines.flux.sampling import Grid, Shift, Spacing, draw_noise, pack, schedule, unpack
+from pipelines.flux.transformer import BLOCKS, AdaptedTransformer
 from pipelines.images import fill, to_tensor
 from pipelines.preprocess import DepthEstimator
-from pipelines.vae import decode, decode_together, encode
+from pipelines.speed import artefacts, attention, fp8
+from pipelines.speed.denoiser import channels_last, staged_rows, told
+from pipelines.vae import compile_decoder, decode, decode_together, encode
 from schemas.errors import AssetError
 from schemas.settings import ModelSettings
 
@@ -55,6 +58,7 @@ class FluxModel(Model):
         self.noises: Cache[str, Tensor] = Cache(settings.noise_bytes)  # structured ones, of inversions
         self.targets = targets(components.transformer, components.text_encoder, components.text_encoder_2)
         self._encodings: Encodings[Conditioning] = Encodings(settings)
+        self._name = settings.model
         self._parts = components
         self._redux = redux
         self._depth = depth
@@ -65,10 +69,20 @@ class FluxModel(Model):
         self._translate = translator(self.targets, self._norm_sizes)
         self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
         self._easycontrols: Cache[str, EasyControl] = Cache(settings.lora_ram_bytes)
-        self._bank = LoraBank(self._linears("transformer"), settings.lora_rank)
+        self._speed = settings.speed
+        self._batch_tokens = settings.batch_tokens
+        self.reuse = THRESHOLDS.get(settings.speed.acceleration)  # None: every step is whole
+        if settings.speed.quantisation == "fp8":
+            fp8.check_device(self._device)
+            self.float8_layers = fp8.quantise(components.transformer, BLOCKS)
+            self.precision = f"float8 ({self.float8_layers} layers) and {settings.dtype}"
+        staged = staged_rows(settings.speed, settings.batch_tokens)
+        self._bank = LoraBank(self._linears("transformer"), settings.lora_rank, staged_rows=staged)
         texts = self._linears("text_encoder") | self._linears("text_encoder_2")
         self._text_bank = LoraBank(texts, settings.lora_rank)
-        self._transformer = AdaptedTransformer(components.transformer, self._bank)
+        self._transformer = AdaptedTransformer(
+            components.transformer, self._bank, self._dtype, settings.speed
+        )
 
     @classmethod
     def load(cls, settings: ModelSettings, locate: Callable[[str], Path | str]) -> Self:
@@ -76,10 +90,33 @@ class FluxModel(Model):
         components = FluxPipeline.from_pretrained(locate(settings.model), dtype=dtype)
         components.set_progress_bar_config(disable=True)
         components.to(settings.device)
+        if settings.speed.channels_last:
+            channels_last(components.vae)
+        if settings.speed.compile_vae:
+            compile_decoder(components.vae)
         width = components.transformer.config.joint_attention_dim
         redux = Redux.load(locate(settings.redux), settings.device, dtype, width) if settings.redux else None
         depth = DepthEstimator.load(locate(settings.depth), settings.device) if settings.depth else None
         return cls(components, settings, redux, depth)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        speed, config = self._speed, self._parts.transformer.config
+        grids = [Grid.of(size.width, size.height) for size in speed.sizes]
+        if speed.attention == "auto" and grids:
+            tokens = max(grid.tokens for grid in grids) + self._max_sequence_length
+            shape = (1, config.num_attention_heads, tokens, config.attention_head_dim)
+            self.attention = attention.put_fastest_first(shape, self._dtype, self._device)
+        if not speed.compiles:
+            return
+        artefacts.keep_in(speed.cache, self._device, self._name)
+        with told("FLUX"):
+            for grid in grids if self._transformer.denoiser.is_compiled else []:
+                for rows in speed.rows:
+                    if rows == 1 or rows * grid.tokens <= self._batch_tokens:
+                        self._transformer.warm(grid, self._max_sequence_length, rows)
+            for grid in grids if speed.compile_vae else []:
+                self.decode(self.to_device(draw_noise(grid, 0)), grid)
 
     def on_device(self) -> set[str]:
         return {name.partition(" ")[0] for name in [*self._bank.names, *self.adapters.names]}
@@ -204,7 +241,17 @@ class FluxModel(Model):
     def predict(self, samples: Sequence[Sample]) -> Sequence[Tensor]:
         plans = [plan_of(sample) for sample in samples]
         rows = [plan.row(sample.step) for plan, sample in zip(plans, samples, strict=True)]
-        return self._transformer.predict(rows, [sample.latents for sample in samples], plans[0].grid)
+        known = [each.memory if isinstance(each.memory, Remembered) else None for each in samples]
+        steps = [sample.step for sample in samples]
+        found, memories = self._transformer.predict(
+            rows, [sample.latents for sample in samples], plans[0].grid, known, steps
+        )
+        for sample, row, memory in zip(samples, rows, memories, strict=True):
+            if row.reuse is not None:
+                reused = {sample.step} if memory is sample.memory else set()
+                sample.reused = sample.reused - {sample.step} | reused
+                sample.memory = memory
+        return found
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:

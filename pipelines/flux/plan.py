@@ -82,6 +82,7 @@ class Row:
     controls: tuple[ControlUse, ...] = ()
     conditions: tuple[Attended, ...] = ()
     reference: Reference | None = None
+    reuse: float | None = None  # an earlier step's blocks, where the first changed by less; None: never
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +136,7 @@ class Denoising(Leg):
     pull: Pull | None = None
     sampler: Sampler = "euler"
     zero_init: bool = False
+    reuse: float | None = None
 
     @property
     def steps(self) -> int:
@@ -151,6 +153,7 @@ class Denoising(Leg):
             tuple(each.what for each in guides.controls if each.holds(step, self.steps)),
             guides.conditions,
             reference.what if reference and reference.has_begun(step, self.steps) else None,
+            self.reuse,
         )
 
     def advance(self, step: int, latents: Tensor, velocity: Tensor, previous: Tensor | None) -> Advanced:

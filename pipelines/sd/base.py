@@ -29,10 +29,14 @@ from pipelines.sd.image_attention import cross_attention
 from pipelines.sd.ip_adapter import IpAdapter
 from pipelines.sd.lora_keys import targets, translator
 from pipelines.sd.parts import Parts
-from pipelines.sd.plan import SdPlan
+from pipelines.sd.plan import Row, SdPlan
 from pipelines.sd.text import Encoding, Known, encode
 from pipelines.sd.unet import AdaptedUnet
+from pipelines.speed.denoiser import Denoiser, channels_last, staged_rows
+from schemas.settings import SpeedSettings
 
+TIME_IDS = (1024, 1024, 0, 0, 1024, 1024)
+TEXT_TOKENS = 77  # of a prompt that CLIP reads at once
 PREVIEW_CELLS = 32  # the longer side of a preview, in cells of 8 pixels
 
 
@@ -40,7 +44,8 @@ class Base:
     """The components of a checkpoint, called by our own loop.
 
     `name` tells it apart from all others. A forward of its UNet holds at most `batch_tokens` image tokens.
-    `text_bank` and `origin` are those of another base with the same text encoders and the same VAE.
+    `text_bank` and `origin` are those of another base with the same text encoders and the same VAE. `speed`
+    says how its forwards run; without it as they are.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class Base:
         batch_tokens: int,
         text_bank: LoraBank | None = None,
         origin: object = None,
+        speed: SpeedSettings | None = None,
     ) -> None:
+        speed = speed or SpeedSettings()
         self.name = name
         self.kind = parts.kind
         self.scheduler_config = parts.scheduler_config
@@ -66,9 +73,15 @@ class Base:
         self.targets = targets(parts.unet, parts.text_encoders)
         self._translate = translator(self.targets)
         unet, texts = self._layers("unet"), self._layers("text_encoder") | self._layers("text_encoder_2")
-        self._bank = LoraBank(unet, lora_rank)
+        if speed.channels_last:
+            channels_last(parts.unet)
+            channels_last(parts.vae)
+        if speed.compile_vae:
+            vae.compile_decoder(parts.vae)
+        staged = staged_rows(speed, batch_tokens)
+        self._bank = LoraBank(unet, lora_rank, staged_rows=staged)
         self._text_bank = text_bank or LoraBank(texts, lora_rank)
-        self._unet = AdaptedUnet(parts.unet, self._bank, batch_tokens)
+        self._unet = AdaptedUnet(parts.unet, self._bank, batch_tokens, speed)
         self._make_like_this = partial(
             Base,
             encodings=encodings,
@@ -82,6 +95,40 @@ class Base:
     def tokenizer(self) -> Any:
         """The first of its tokenizers."""
         return self._parts.tokenizers[0]
+
+    @property
+    def unet_config(self) -> Any:
+        """diffusers' own."""
+        return self._parts.unet.config
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """How the UNet is run."""
+        return self._unet.denoiser
+
+    def warm(self, grid: Grid, rows: int) -> None:
+        """Make forwards of so many rows ready."""
+        self._unet.warm([self._empty_row(grid)] * rows)
+
+    def attention_shape(self, grid: Grid) -> tuple[int, int, int, int]:
+        """Of the widest queries that the UNet has for a picture with guidance: rows, heads, tokens, size."""
+        for module in self._parts.unet.modules():
+            if type(module).__name__ == "BasicTransformerBlock":
+                heads: int = module.attn1.heads
+                level = 1 if self.kind != "sdxl" else 2  # SDXL's first level has no attention
+                return 2, heads, grid.rows // level * (grid.columns // level), module.attn1.inner_dim // heads
+        raise AssertionError("the UNet has no transformer")
+
+    def _empty_row(self, grid: Grid) -> Row:
+        config = self._parts.unet.config
+        zeros = partial(torch.zeros, device=self._device, dtype=self._dtype)
+        pooled = None
+        if config.addition_embed_type == "text_time":
+            beside = len(TIME_IDS) * config.addition_time_embed_dim
+            pooled = zeros(config.projection_class_embeddings_input_dim - beside)
+        text = Encoding(zeros(TEXT_TOKENS, config.cross_attention_dim), pooled)
+        latents = torch.zeros(self.channels, grid.rows, grid.columns, device=self._device)
+        return Row(latents, 500.0, text, TIME_IDS, (), (), ())
 
     @torch.inference_mode()
     def encode_texts(

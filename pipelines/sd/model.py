@@ -22,8 +22,11 @@ from pipelines.sd import image_encoder, loading
 from pipelines.sd.base import Base, plan_of
 from pipelines.sd.checkpoints import LIMITS
 from pipelines.sd.expand import Expander
+from pipelines.sd.grid import CHANNELS, Grid
 from pipelines.sd.text import Encoding
-from schemas.settings import ModelSettings
+from pipelines.speed import artefacts, attention
+from pipelines.speed.denoiser import channels_last, told
+from schemas.settings import ModelSettings, SpeedSettings
 
 
 class SdModel(Model):
@@ -46,13 +49,17 @@ class SdModel(Model):
         self.limits = settings.limits
         self.finds_edges = settings.finds_edges
         self.adapters: Residents[Any] = Residents(settings.adapter_bytes)
+        for name in ("quantisation", "acceleration"):
+            if (wish := getattr(settings.speed, name)) != "none":
+                raise ValueError(f"speed.{name}: {wish} is for FLUX")
         self._settings = settings
         self._source = source
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._loras: Cache[str, Lora] = Cache(settings.lora_ram_bytes)
         self._encodings: Encodings[Encoding] = Encodings(settings)
         self._faces = cache(partial(FaceAnalyser.load, device=settings.device))
-        own = self._wanted(str(source), source)
+        # those that requests bring along run as they are: nobody is to wait for a compiler
+        own = self._wanted(str(source), source, speed=settings.speed)
         self.base = own.load()
         self._bases: Residents[Base] = Residents(max(0, settings.bases.memory_bytes - own.measure()))
 
@@ -63,10 +70,30 @@ class SdModel(Model):
         if settings.controlnet:
             model.controlnet = ControlNetModel.from_pretrained(locate(settings.controlnet), dtype=dtype)
             model.controlnet.requires_grad_(False).to(settings.device)
+            if settings.speed.channels_last:
+                channels_last(model.controlnet)
         if settings.expander:
             tokenizer = model.base.tokenizer
             model.expander = Expander.load(locate(settings.expander), settings.device, tokenizer)
         return model
+
+    def warm(self) -> None:
+        speed, base = self._settings.speed, self.base
+        device = torch.device(self._settings.device)
+        grids = [Grid.of(size.width, size.height) for size in speed.sizes]
+        if speed.attention == "auto" and grids:
+            shape = base.attention_shape(max(grids, key=lambda grid: grid.rows * grid.columns))
+            self.attention = attention.put_fastest_first(shape, self._dtype, device)
+        if not speed.compiles:
+            return
+        artefacts.keep_in(speed.cache, device, self._settings.model)
+        with told(self._settings.model):
+            for grid in grids if base.denoiser.is_compiled else []:
+                for rows in sorted({1, *(2 * each for each in speed.rows)}):  # with guidance each has two
+                    if rows <= 2 or rows * grid.rows * grid.columns // 4 <= self._settings.batch_tokens:
+                        base.warm(grid, rows)
+            for grid in grids if speed.compile_vae else []:
+                base.decode(torch.zeros(CHANNELS, grid.rows, grid.columns, device=device))
 
     def hold_base(
         self, path: Path, held: ExitStack, *, variant: str | None = None, unet: Path | None = None
@@ -121,13 +148,19 @@ class SdModel(Model):
         return self._source if path == Path(self._settings.model) else path
 
     def _wanted(
-        self, name: str, source: Path | str, variant: str | None = None, unet: Path | None = None
+        self,
+        name: str,
+        source: Path | str,
+        variant: str | None = None,
+        unet: Path | None = None,
+        speed: SpeedSettings | None = None,
     ) -> Wanted[Base]:
         settings = self._settings
         blueprint = cache(partial(loading.inspect, source, self._dtype, variant=variant, unet=unet))
 
         def load() -> Base:
             parts = blueprint().load(settings.device)
-            return Base(name, parts, self._encodings, settings.lora_rank, settings.batch_tokens)
+            rank, tokens = settings.lora_rank, settings.batch_tokens
+            return Base(name, parts, self._encodings, rank, tokens, speed=speed)
 
         return Wanted(lambda: blueprint().nbytes, load)

@@ -1,6 +1,7 @@
 """A UNet with everything that may steer a row of its forward."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from pipelines.adapters.bank import LoraBank
 from pipelines.sd.controlnet import residuals
 from pipelines.sd.image_attention import ImageAttention
 from pipelines.sd.plan import Row
+from pipelines.speed.denoiser import Denoiser
+from schemas.settings import SpeedSettings
+
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # which are compiled
 
 
 class AdaptedUnet:
@@ -19,13 +24,13 @@ class AdaptedUnet:
     `budget` image tokens, or one row. Used by one thread.
     """
 
-    def __init__(self, unet: Any, bank: LoraBank, budget: int) -> None:
+    def __init__(self, unet: Any, bank: LoraBank, budget: int, speed: SpeedSettings) -> None:
         self._unet = unet
         self._budget = budget
         self._pictures = ImageAttention(unet)
         self._device: torch.device = unet.device  # diffusers looks for them in every module
         self._dtype: torch.dtype = unet.dtype
-        self._bank = bank
+        self.denoiser = Denoiser(unet, bank, BLOCKS, speed)
         self._takes_pooled = unet.config.addition_embed_type == "text_time"
 
     def predict(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -40,18 +45,44 @@ class AdaptedUnet:
     def _forward(self, rows: Sequence[Row]) -> Sequence[Tensor]:
         inputs = self._inputs(rows)
         down, middle = residuals([row.controls for row in rows], inputs)
-        size = (rows[0].latents.shape[-2], rows[0].latents.shape[-1])
+        is_usual = not any(any(prompt.scales) for row in rows for prompt in row.pictures)
         with (
-            self._bank.rows([row.loras for row in rows]),
-            self._pictures.rows([row.pictures for row in rows], size),
+            self.denoiser.steered([row.loras for row in rows], is_usual=is_usual),
+            self._pictures.rows(
+                [row.pictures for row in rows], (rows[0].latents.shape[-2], rows[0].latents.shape[-1])
+            ),
         ):
-            prediction: Tensor = self._unet(
-                **inputs,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=middle,
-                return_dict=False,
-            )[0]
+            prediction = self.denoiser(*_keyed(inputs, down, middle, is_usual))
         return prediction.float().unbind()
+
+    @torch.inference_mode()
+    def warm(self, rows: Sequence[Row]) -> None:
+        """Compile, and capture, what forwards like this need, with LoRAs and without, controlled and not."""
+        inputs = self._inputs(rows)
+        for down, middle in ((None, None), self._no_residuals(inputs)):
+            given, key = _keyed(inputs, down, middle, True)
+            for width in self.denoiser.widths:
+                with self.denoiser.staging(len(rows), width):
+                    self.denoiser(given)
+                    self.denoiser.capture(given, key)
+
+    def _no_residuals(self, inputs: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
+        """What a ControlNet that does nothing would add."""
+        shapes: list[torch.Size] = []
+        blocks = [self._unet.conv_in, *self._unet.down_blocks, self._unet.mid_block]
+
+        def note(_: Any, __: Any, output: Any) -> None:
+            found = output[1] if isinstance(output, tuple) else [output]
+            shapes.extend(each.shape for each in found)
+
+        with ExitStack() as hooks, self.denoiser.staging(len(inputs["sample"]), 0):
+            for block in blocks:
+                hooks.callback(block.register_forward_hook(note).remove)
+            self.denoiser(
+                {**inputs, "down_block_additional_residuals": None, "mid_block_additional_residual": None}
+            )
+        *down, middle = (torch.zeros(shape, device=self._device, dtype=self._dtype) for shape in shapes)
+        return down, middle
 
     def _inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What the UNet and the ControlNets are called with."""
@@ -70,3 +101,12 @@ class AdaptedUnet:
         assert len(pooled) == len(rows), "every text of SDXL has a pooled embedding"
         time_ids = torch.tensor([row.time_ids for row in rows], device=device).to(dtype)
         return {"text_embeds": torch.stack(pooled), "time_ids": time_ids}
+
+
+def _keyed(
+    inputs: dict[str, Any], down: Any, middle: Tensor | None, is_usual: bool
+) -> tuple[dict[str, Any], Hashable]:
+    """What the UNet is called with, and the key of its captured forward."""
+    given = {**inputs, "down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    shapes = inputs["sample"].shape, inputs["encoder_hidden_states"].shape, down is not None
+    return given, shapes if is_usual else None

@@ -51,7 +51,8 @@ class Output(BaseModel):
     timings: dict[str, float] = Field(
         description="Seconds that it waited, as `queue`; seconds spent, by stage, in all as `inference`; "
         "`steps_per_second`; and as `rows` how many pictures, of this request and others, shared a step in "
-        "the mean."
+        "the mean. Where the server trades exactness for speed, also `steps_skipped`, how many steps of a "
+        "picture reused most of an earlier one in the mean, and `float8_layers`."
     )
     seed: int = Field(description="The seed used: the one sent, or the one drawn.")
     has_nsfw_concepts: list[bool] = Field(description="Which pictures were found unsafe.")

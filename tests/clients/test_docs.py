@@ -133,7 +133,8 @@ def test_a_command_does_what_it_says(name: str, desk: Desk, monkeypatch: pytest.
         words[words.index("ID")] = named(words, desk)
     words = ["head" if each == "REVISION" else each for each in words]
     done = CliRunner().invoke(app, words)
-    is_late = words[0] == "cancel" and "already completed" in done.output
+    # by when it is run: the request may have ended, its webhook may be on its way
+    is_late = any(each in done.output for each in ("already completed", "being sent at this moment"))
     assert done.exit_code == 0 or is_late, done.output
 
 

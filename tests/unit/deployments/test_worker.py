@@ -35,7 +35,7 @@ from schemas.endpoints import lora_image_to_image as anything
 from schemas.endpoints.flux_dev import Input, Output
 from schemas.errors import AssetError, InputError, NoRoom, RequestFailed
 from schemas.jobs import Job, JobResult, Logged, Previewed, Priority, Update
-from schemas.settings import BaseSettings, FetchSettings, Limits, ModelSettings, WeightSettings
+from schemas.settings import BaseSettings, FetchSettings, Limits, ModelSettings, SpeedSettings, WeightSettings
 from tests.support.fields import TestT, shows
 from tests.support.hostile_pictures import REFUSED, many_scans
 from tests.support.hub import Hub, serving
@@ -196,6 +196,19 @@ async def test_pictures_are_kept_and_their_urls_lead_to_the_callers_server(
     assert 1 <= output.timings["rows"] <= 2
     assert output.timings["steps_per_second"] > 0
     assert output.seed == 5
+
+
+async def test_what_is_traded_for_speed_is_named_in_the_timings(
+    make_worker: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.flux.model.THRESHOLDS", {"high": 1.0})
+    speed = SpeedSettings(quantisation="fp8", acceleration="high")
+    worker = make_worker(dtype="bfloat16", speed=speed)
+    told = await updates(worker, make_job(input=FIELDS | {"num_inference_steps": 4}))
+    assert any(line.startswith("in float8 (") for line in lines(told))
+    assert told[-1].result is not None
+    timings = told[-1].result.output()["timings"]
+    assert (timings["float8_layers"], timings["steps_skipped"]) == (34, 3)
 
 
 async def test_the_wait_before_the_start_is_told_and_is_no_part_of_the_work(make_worker: Make) -> None:

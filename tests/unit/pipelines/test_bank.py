@@ -347,7 +347,7 @@ def test_t29_an_adapter_for_which_there_is_no_memory_is_not_taken_for_resident(
     net = make_net()
     bank, lora = make_bank(net), make_lora(1)
 
-    def full(*_: Any) -> Tensor:
+    def full(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from pipelines.placement import GIB, Part, Placement, placed
 from pipelines.registry import ENDPOINTS
 from pipelines.sources import locate
 from schemas.errors import NoRoom
-from schemas.settings import Limits, ModelSettings
+from schemas.settings import Limits, ModelSettings, SpeedSettings
 
 FAMILIES = {"flux": "fal-ai/flux/dev", "sdxl": "fal-ai/fast-sdxl-controlnet-canny/image-to-image"}
 EVERY = pytest.mark.parametrize("name", FAMILIES)
@@ -96,6 +96,35 @@ def test_half_the_precision_is_half_the_weights_but_for_a_vae_that_overflows(flu
     whole, half = parts(settings), parts(settings.model_copy(update={"dtype": "float16"}))
     assert half["model/unet"] == whole["model/unet"] // 2 if whole["model/unet"] else False
     assert half["model/vae"] == whole["model/vae"]
+
+
+@EVERY
+def test_the_bank_of_compiled_blocks_and_its_stage_are_there_from_the_start(
+    name: str, settings: ModelSettings
+) -> None:
+    def stores(options: ModelSettings) -> int:
+        return next(each.nbytes or 0 for each in placed(options, locate).stores if each.name == "LoRA bank")
+
+    compiled = settings.model_copy(update={"speed": SpeedSettings(compile="regional")})
+    told = parts(compiled)["LoRA bank and stage"] or 0
+    assert "LoRA bank and stage" not in parts(settings)
+    # what the denoiser's bank might come to take is not told twice
+    assert stores(settings) - stores(compiled) == told // 2
+    assert placed(compiled, locate).needed == placed(settings, locate).needed + told
+    model = ENDPOINTS[FAMILIES[name]].pipeline().Pipeline.model_type.load(compiled, Path)
+    bank = (model if hasattr(model, "_bank") else model.base)._bank
+    buffers = [[layer.down, layer.up, layer.staged_down, layer.staged_up] for layer in bank._layers.values()]
+    assert told == sum(each.nbytes for four in buffers for each in four)
+
+
+def test_what_rows_remember_of_steps_is_told_where_steps_are_reused(flux_folder: Path) -> None:
+    settings = ModelSettings(model=str(flux_folder), endpoints=("any",), batch_tokens=4096)
+    fast = settings.model_copy(update={"speed": SpeedSettings(acceleration="regular")})
+    config = next(each for each in components(flux_folder) if each.name == "transformer").config()
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    tokens = max(4096, settings.limits.max_pixels // 16**2)
+    assert parts(fast)["peak of remembered steps"] == 2 * tokens * width * 4
+    assert "peak of remembered steps" not in parts(settings)
 
 
 def test_a_model_that_is_not_here_is_unknown_and_it_is_said_how_to_fetch_it() -> None:
