@@ -4,7 +4,7 @@ An unknown key or a bad value stops the start and is named. Units are in the nam
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -207,6 +207,10 @@ class ModelEntry(Settings):
     )
     licence: str | None = Field(None, max_length=100, description="of the weights, as callers are told")
     hardware: str | None = Field(None, max_length=100, description="what it runs on, as callers are told")
+    example: dict[str, Any] | None = Field(
+        None,
+        description="fields to try it with, over those of the endpoints' own examples where they have them",
+    )
 
 
 class Catalogue(Settings):

@@ -92,9 +92,17 @@ class Gateway:
         self._models: Mapping[str, ModelEntry] = {}
 
     def configure(self, catalogue: Catalogue) -> None:
-        """Serve this catalogue from now on. Raises KeyError for an endpoint that does not exist."""
-        for endpoint_id in catalogue.routes():
-            registry.endpoint(endpoint_id)
+        """Serve this catalogue from now on.
+
+        Raises KeyError for an endpoint that does not exist, ValueError for an example with a field of none.
+        """
+        for name, entry in catalogue.models.items():
+            inputs = [registry.endpoint(endpoint_id).input_type() for endpoint_id in entry.endpoints]
+            known = {field for each in inputs for field in each.model_fields}
+            if unknown := (entry.example or {}).keys() - known:
+                raise ValueError(
+                    f"the example of {name} has fields of no endpoint: {', '.join(sorted(unknown))}"
+                )
         self._routes, self._models = catalogue.routes(), catalogue.models
 
     @property

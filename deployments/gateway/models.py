@@ -61,7 +61,8 @@ class _Models:
             known = ", ".join(sorted(self._gateway.endpoints))
             raise NotFound(f"{endpoint_id[:200]!r} is not served here; known: {known}")
         endpoint = registry.endpoint(endpoint_id)
-        return answers.Json(openapi.document(endpoint, self._base_url(request)))
+        example = self._gateway.entry(endpoint_id).example
+        return answers.Json(openapi.document(endpoint, self._base_url(request), example))
 
     def _found(self, request: Request) -> list[Description]:
         """What is asked for, in the order of the ids."""
@@ -103,7 +104,7 @@ def _model(about: Description, entry: ModelEntry, base_url: str, *, expands: boo
         },
     }
     if expands:
-        model["openapi"] = openapi.document(registry.endpoint(about.id), base_url)
+        model["openapi"] = openapi.document(registry.endpoint(about.id), base_url, entry.example)
     return model
 
 

@@ -78,9 +78,16 @@ _OWN_SCHEMAS: Mapping[str, Any] = {
 }
 
 
-def document(endpoint: Endpoint, base_url: str) -> dict[str, Any]:
-    """The document of an endpoint on the server at `base_url`."""
+def document(endpoint: Endpoint, base_url: str, example: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The document of an endpoint on the server at `base_url`.
+
+    Fields of `example` that the endpoint has go over those of its own example.
+    """
     name, about = type_name(endpoint), describe(endpoint)
+    types = _types(endpoint)
+    taken = types[f"{name}Input"]
+    theirs = {field: value for field, value in (example or {}).items() if field in taken["properties"]}
+    tried = {f"{name}Input": {**taken, "example": taken["example"] | theirs}}
     return {
         "openapi": VERSION,
         "info": _info(about, base_url),
@@ -93,7 +100,7 @@ def document(endpoint: Endpoint, base_url: str) -> dict[str, Any]:
                     "description": "Key ID:SECRET",
                 }
             },
-            "schemas": {**_OWN_SCHEMAS, **_types(endpoint)},
+            "schemas": {**_OWN_SCHEMAS, **types, **tried},
         },
         "paths": _paths(about.id, f"{name}Input", f"{name}Output"),
         "servers": [{"url": f"{base_url}/queue"}],

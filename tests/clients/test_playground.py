@@ -180,7 +180,7 @@ def test_the_browser_complains_of_refusals_only(told: dict[str, Any]) -> None:
 
 
 def document(endpoint_id: str) -> dict[str, Any]:
-    return openapi.document(registry.endpoint(endpoint_id), "http://box")
+    return openapi.document(registry.endpoint(endpoint_id), "http://box", None)
 
 
 def drawn_values(endpoint_id: str, count: int) -> list[Any]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from deployments.files.bucket import Bucket
 from deployments.files.store import FileStore
+from deployments.gateway.descriptions import type_name
 from deployments.gateway.pages import FOLDER
 from pipelines import registry
 from schemas.jobs import Logged, Previewed
@@ -18,6 +20,7 @@ from tests.gateway.conftest import ALICE
 from tests.support.gateway import Place, gateway_at_work
 from tests.support.jobs import ENDPOINT
 
+ROOT = Path(__file__).parents[2]
 HTML = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}  # as a browser asks for a page
 PARTS = sorted(path.name for path in FOLDER.iterdir())
 PAGES = [
@@ -147,6 +150,38 @@ async def test_a_card_has_the_licence_and_hardware_that_the_operator_tells(
     [model] = (await stranger.get("/v1/models")).json()["models"]
     assert model["metadata"]["license_type"] == "FLUX.1 [dev] Non-Commercial"
     assert model["metadata"]["hardware"] == "1 × H100"
+
+
+async def test_pages_begin_with_what_the_operator_shows_a_model_with(
+    place: Place, stranger: httpx.AsyncClient
+) -> None:
+    drawing, remaking = registry.endpoint(ENDPOINT), registry.endpoint("fal-ai/lora/image-to-image")
+    entry = {"endpoints": [drawing.id, remaking.id], "example": {"prompt": "a cat", "image_size": "square"}}
+    place.gateway.configure(Catalogue.model_validate({"models": {"flux": entry}}))
+    shown = []
+    for each in (drawing, remaking):
+        schemas = (await stranger.get(f"/openapi/{each.id}")).json()["components"]["schemas"]
+        shown.append(schemas[f"{type_name(each)}Input"]["example"])
+    assert shown[0] == drawing.schema().EXAMPLE | entry["example"]
+    assert shown[1] == remaking.schema().EXAMPLE | {"prompt": "a cat"}, "it has no such field"
+
+
+async def test_an_example_with_a_field_of_no_endpoint_is_refused(place: Place) -> None:
+    entry = {"endpoints": [ENDPOINT], "example": {"promt": "a cat"}}
+    with pytest.raises(ValueError, match="example of flux has fields of no endpoint: promt"):
+        place.gateway.configure(Catalogue.model_validate({"models": {"flux": entry}}))
+
+
+async def test_the_shipped_examples_are_taken_by_their_endpoints(
+    place: Place, stranger: httpx.AsyncClient
+) -> None:
+    front, *_ = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"]
+    place.gateway.configure(Catalogue.model_validate(front["deployments"][0]["user_config"]))
+    for each in registry.ENDPOINTS.values():
+        schemas = (await stranger.get(f"/openapi/{each.id}")).json()["components"]["schemas"]
+        example = schemas[f"{type_name(each)}Input"]["example"]
+        assert each.input_type().model_validate(example)
+        assert example["prompt"] == "a red circle on the left on a white background"
 
 
 async def test_a_document_says_which_fields_take_files(stranger: httpx.AsyncClient) -> None:

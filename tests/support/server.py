@@ -79,7 +79,8 @@ def write_config(
     front_app["args"]["webhooks"] = webhooks | (front or {}).get("webhooks", {})
     for deployment in front_app["deployments"]:
         catalogue = deployment["user_config"]["models"]
-        deployment["user_config"] = {"models": {name: catalogue[name] for name in models}}
+        # what the trained models are shown with is beyond those of random weights
+        deployment["user_config"] = {"models": {name: catalogue[name] | {"example": None} for name in models}}
     config["applications"] = [front_app, *(app for app in model_apps if app["name"] in models)]
     for app in config["applications"][1:]:
         app["args"] |= {"files_url": files, "max_sequence_length": 32}
