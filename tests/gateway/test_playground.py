@@ -181,7 +181,7 @@ async def test_the_shipped_examples_are_taken_by_their_endpoints(
         schemas = (await stranger.get(f"/openapi/{each.id}")).json()["components"]["schemas"]
         example = schemas[f"{type_name(each)}Input"]["example"]
         assert each.input_type().model_validate(example)
-        assert example["prompt"] == "a red circle on the left on a white background"
+        assert example["prompt"] == "a red triangle in the center on a white background"
 
 
 async def test_a_document_says_which_fields_take_files(stranger: httpx.AsyncClient) -> None:
