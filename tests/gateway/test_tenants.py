@@ -65,7 +65,7 @@ async def in_state(place: Place, http: httpx.AsyncClient, state: str) -> str:
     if state != "completed":
         place.model.open.clear()
     if state == "queued":
-        for _ in range(8):  # the window of the model is full
+        for _ in range(place.gateway.entry(ENDPOINT).window):  # it is full
             await http.post(f"/queue/{ENDPOINT}", json=PROMPT)
             await place.model.began.acquire()
     answer = await http.post(f"/queue/{ENDPOINT}", json=PROMPT)
