@@ -156,11 +156,11 @@ class Dispatcher:
         """Hand over what the window has room for. Returns whether it is full."""
         window = self._windows[model]
         running = [run.claim.job for run in self._runs.values() if run.claim.job.model == model]
-        room, low_room = window - len(running), max(1, window - KEPT) - low_ones(running)
+        room, low_room = window - len(running), max(1, window - KEPT) - _low_ones(running)
         claims = await self._queue.claim(model, self.owner, room, low_room) if room > 0 else []
-        low = low_ones(claim.job for claim in claims)
+        low = _low_ones(claim.job for claim in claims)
         is_full = len(claims) >= room or low >= low_room
-        backlog = await self._backlog(model, low_ones(running) + low, is_full) if claims else Backlog()
+        backlog = await self._backlog(model, _low_ones(running) + low, is_full) if claims else Backlog()
         for claim in claims:
             crash.point("dispatcher.starts")
             self._start(claim, backlog)
@@ -347,7 +347,7 @@ class Dispatcher:
         await asyncio.wait([run.task])
 
 
-def low_ones(jobs: Iterable[Job]) -> int:
+def _low_ones(jobs: Iterable[Job]) -> int:
     """How many are of low priority."""
     return sum(job.priority == Priority.LOW for job in jobs)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,25 +199,36 @@ async def test_a_document_says_which_fields_take_files(stranger: httpx.AsyncClie
     )
 
 
-async def statuses(http: httpx.AsyncClient, query: str, headers: dict[str, str]) -> list[dict[str, Any]]:
-    """The status stream of a request of two previews."""
+async def statuses(
+    http: httpx.AsyncClient,
+    query: str,
+    headers: dict[str, str],
+    hear: Callable[[dict[str, Any]], None] = lambda each: None,
+) -> list[dict[str, Any]]:
+    """The status stream of a request of two previews; `hear` is told each as it comes."""
     receipt = (await http.post(f"/queue/{ENDPOINT}", json={"prompt": "x"}, headers=headers)).json()
-    stream = await http.get(f"{receipt['status_url']}/stream{query}")
-    return [
-        json.loads(line.removeprefix("data: "))
-        for line in stream.text.splitlines()
-        if line.startswith("data: ")
-    ]
+    told = []
+    async with http.stream("GET", f"{receipt['status_url']}/stream{query}") as stream:
+        async for line in stream.aiter_lines():
+            if line.startswith("data: "):
+                told.append(json.loads(line.removeprefix("data: ")))
+                hear(told[-1])
+    return told
 
 
 async def test_a_status_stream_shows_previews_to_who_asks_for_them(
     place: Place, alice: httpx.AsyncClient
 ) -> None:
     place.model.events = (Previewed({"images": [1]}), Logged("step 1/2"), Previewed({"images": [2]}))
+    place.model.open.clear()  # no end before the last preview: it would overtake that
+
+    def end(each: dict[str, Any]) -> None:
+        if each.get("preview") == {"images": [2]}:
+            place.model.open.set()
+
     wanted = {"x-darkroom-previews": "1"}
-    told = await statuses(alice, "?logs=1&previews=1", wanted)
-    seen = [each["preview"] for each in told if "preview" in each]  # an end may overtake one
-    assert seen and all(each in ({"images": [1]}, {"images": [2]}) for each in seen)
+    told = await statuses(alice, "?logs=1&previews=1", wanted, end)
+    assert told[-1]["status"] == "COMPLETED"
     assert [line["message"] for each in told for line in each["logs"]] == ["step 1/2"]
     assert not [each for each in await statuses(alice, "?logs=1", wanted) if "preview" in each]
 
