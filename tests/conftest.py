@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -14,6 +15,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from deployments import traces
 from pipelines import zoo
 from tests.support.postgres import PostgresServer, postgres_at_work
+
+# The same examples on every machine, or, where it is to look deeper, each time others.
+hypothesis.settings.register_profile(
+    "darkroom", derandomize="DARKROOM_FUZZ" not in os.environ, database=None, deadline=None
+)
+hypothesis.settings.load_profile("darkroom")
 
 
 @pytest.fixture(scope="session", autouse=True)

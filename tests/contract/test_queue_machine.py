@@ -70,9 +70,6 @@ SEQUENCES = {"sqlite": 80, "postgresql": 30}
 
 machine_settings = settings(
     stateful_step_count=50,
-    derandomize=EXAMPLES is None,
-    database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 

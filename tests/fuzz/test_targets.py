@@ -26,9 +26,6 @@ LIMIT = 1000
 
 fuzz = settings(
     max_examples=int(EXAMPLES or 100),
-    derandomize=EXAMPLES is None,
-    database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 

@@ -106,7 +106,7 @@ uses = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(uses, max_size=3), min_size=3, max_size=3))
 def test_any_scales_layers_and_biases_act_as_if_they_were_merged(rows: list[list[LoraUse]]) -> None:
     net, x = make_net(), inputs()
@@ -125,7 +125,7 @@ def test_any_scales_layers_and_biases_act_as_if_they_were_merged(rows: list[list
     assert all(torch.equal(ours[index], net(x)[index]) for index, each in enumerate(rows) if not each)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(scales)
 def test_the_same_scale_at_every_layer_is_that_scale_to_the_bit(scale: float) -> None:
     net, x = make_net(), inputs()
@@ -266,7 +266,7 @@ def test_a_hold_waits_until_there_is_room_even_across_fragments() -> None:
     bank.check_integrity()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=40))
 def test_places_never_overlap_whatever_is_held_and_released(moves: list[tuple[int, bool]]) -> None:
     bank = make_bank(make_net(), rank=8)

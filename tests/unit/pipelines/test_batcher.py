@@ -47,7 +47,6 @@ def step(batch: Sequence[Sample]) -> None:
         each.step += 1
 
 
-@settings(deadline=None)
 @given(WISHES, PACES)
 def test_every_picture_gets_all_its_steps_and_no_turn_is_empty(wishes: list[Wish], pace: Pace) -> None:
     played = play(wishes, Ours(pace), BUDGET)
@@ -57,7 +56,6 @@ def test_every_picture_gets_all_its_steps_and_no_turn_is_empty(wishes: list[Wish
     assert all(rows for _, rows in played.turns)
 
 
-@settings(deadline=None)
 @given(WISHES, PACES)
 def test_work_never_waits_while_the_device_is_idle(wishes: list[Wish], pace: Pace) -> None:
     played = play(wishes, Ours(pace), BUDGET)
@@ -68,7 +66,6 @@ def test_work_never_waits_while_the_device_is_idle(wishes: list[Wish], pace: Pac
         idle_until = at + pace.work(rows[0].cost, sum(wish.cost for wish in rows))
 
 
-@settings(deadline=None)
 @given(WISHES, PACES)
 def test_a_forward_keeps_to_the_budget_and_to_what_gains_and_has_one_shape(
     wishes: list[Wish], pace: Pace
@@ -79,7 +76,6 @@ def test_a_forward_keeps_to_the_budget_and_to_what_gains_and_has_one_shape(
         assert len(rows) == 1 or len(rows) * cost <= min(BUDGET, pace.worth(cost))
 
 
-@settings(deadline=None)
 @given(WISHES, PACES)
 def test_whoever_fits_into_the_forward_of_the_first_is_in_it(wishes: list[Wish], pace: Pace) -> None:
     batcher, active = Batcher(pace), list[Sample]()
@@ -95,7 +91,7 @@ def test_whoever_fits_into_the_forward_of_the_first_is_in_it(wishes: list[Wish],
         active = [each for each in active if not each.is_done]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(WISHES, PACES, st.integers(1, 6), st.sampled_from(COSTS), st.sampled_from(Priority))
 def test_nothing_starves_under_an_endless_stream(
     wishes: list[Wish], pace: Pace, steps: int, cost: int, priority: Priority

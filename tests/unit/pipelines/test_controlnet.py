@@ -201,7 +201,7 @@ USES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.lists(USES, max_size=3), min_size=1, max_size=4))
 def test_a_batch_is_its_rows_and_a_row_is_its_controls_in_any_order(uses: list[list[ControlUse]]) -> None:
     inputs = controlnets.inputs(len(uses))

@@ -271,7 +271,7 @@ def test_a_web_page_is_refused(base: Any, path: Path) -> None:
 small = cache(lambda: good(num_layers=1))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     key=st.deferred(lambda: st.sampled_from(sorted(small()))),
     shape=st.none() | st.lists(st.integers(1, 5), max_size=4),

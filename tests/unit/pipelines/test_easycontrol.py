@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
@@ -420,7 +420,6 @@ def test_a_subject_lies_beside_the_target_with_the_grid_of_its_own() -> None:
     assert torch.equal(ids, image_ids(Grid(2, 3)) + torch.tensor([0.0, 64.0, 0.0]))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 130), st.integers(1, 130))
 def test_a_spatial_condition_lies_on_the_target(rows: int, columns: int, high: int, wide: int) -> None:
     ids = easycontrol.position_ids("spatial", Grid(rows, columns), Grid(high, wide))
@@ -440,7 +439,6 @@ def test_a_spatial_condition_is_stretched_to_the_square() -> None:
     assert pixels.dtype == torch.float32
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([16, 64, 80]))
 def test_a_subject_keeps_its_proportions_in_the_middle_of_grey(width: int, height: int, size: int) -> None:
     pixels = easycontrol.fit(Image.new("RGB", (width, height), "white"), "subject", size)

@@ -254,7 +254,7 @@ wishes = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(wishes)
 def test_a_row_is_the_same_alone_and_among_any_others(
     transformer: Any,

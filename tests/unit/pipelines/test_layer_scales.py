@@ -126,7 +126,7 @@ def test_nothing_asked_for_is_nothing(targets: Shapes) -> None:
     assert layer_scales({}, targets) == {}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_among_beginnings_of_one_spelling_the_longest_wins(data: st.DataObject, targets: Shapes) -> None:
     beginnings = sorted({".".join(target.split(".")[:n]) for target in targets for n in range(1, 9)})

@@ -130,7 +130,7 @@ def test_a_failed_load_leaves_nothing_held() -> None:
         assert held == {"c": "C"}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.sampled_from("abcdef"), st.just(3), max_size=3), max_size=20))
 def test_the_books_are_right_whatever_is_asked(wishes: list[dict[str, int]]) -> None:
     residents = Residents[str](10)

@@ -313,7 +313,7 @@ def uses_on(name: str) -> st.SearchStrategy[Uses]:
     return st.lists(st.lists(one, max_size=3), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data(), name=st.sampled_from(list(BASES)))
 def test_a_batch_is_its_rows_and_a_row_is_its_controls_in_any_order(data: st.DataObject, name: str) -> None:
     uses = data.draw(uses_on(name))

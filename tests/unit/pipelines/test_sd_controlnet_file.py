@@ -377,7 +377,7 @@ def small(layout: str) -> Tensors:
     return LAYOUTS[layout](sd_controlnets.build("sd1"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     layout=st.sampled_from(list(LAYOUTS)),
     data=st.data(),

@@ -81,7 +81,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=90)
 
 
 @given(prompt=TEXTS, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_prompt_stays_and_the_addition_fits(
     expander: Expander, clip: Any, prompt: str, seed: int
 ) -> None:

@@ -155,7 +155,7 @@ def test_a_mask_acts_where_it_is_white_on_grids_of_odd_sizes_too() -> None:
     assert not torch.allclose(masked[:, 0], off[:, 0], atol=0.05)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.lists(
         st.lists(

@@ -259,7 +259,7 @@ def test_a_config_may_come_from_the_file_or_from_a_scheduler() -> None:
 
 @pytest.mark.parametrize("name", ["LCM (trailing timesteps)", "Euler (trailing timesteps)"])
 @given(steps=st.integers(1, 50))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_trailing_timesteps_are_spaced_evenly_down_from_the_last(name: str, steps: int) -> None:
     timesteps = Schedule.build(name, SDXL, steps, seed=0).timesteps
     assert len(timesteps) == steps
@@ -282,7 +282,7 @@ def test_trailing_timesteps_never_go_below_zero(kind: str, steps: int) -> None:
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", [*NAMES, *OWN])
 @given(steps=st.integers(1, 150), strength=st.floats(0, 1, exclude_min=True), keep=st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_schedule_stays_inside_the_training(
     name: str, spacing: str, steps: int, strength: float, keep: bool
 ) -> None:
@@ -333,7 +333,7 @@ def test_few_step_schedulers_have_fifty_steps_at_most(name: str) -> None:
 
 
 @given(steps=st.integers(1, 150), strength=st.floats(0.01, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_keeping_the_steps_keeps_the_noise_that_strength_asks_for(steps: int, strength: float) -> None:
     build = Schedule.build
     schedule = build("Euler (trailing timesteps)", SDXL, steps, strength=strength, keep_steps=True, seed=0)

@@ -142,7 +142,7 @@ WORDS = st.lists(st.sampled_from(["a", "house", "by", "the", "sea,", "3", "é"])
 
 
 @given(WORDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_text_without_weights_is_plain(sdxl: Parts, text: str) -> None:
     assert same(write(sdxl, text), write(sdxl, text, weighted=False))
 

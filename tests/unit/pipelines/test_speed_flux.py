@@ -165,7 +165,7 @@ def test_reuse_skips_and_stays_near(plain: FluxModel) -> None:
     assert psnr(coarse, expected) > 15
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(st.integers(2, 9), st.sampled_from([None, 0.0, 0.05, 0.3, 2.0])), min_size=2, max_size=4

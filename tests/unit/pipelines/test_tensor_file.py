@@ -113,7 +113,7 @@ def mutations(draw: st.DrawFn) -> bytes:
 
 @given(st.one_of(mutations(), st.binary(max_size=300), st.binary(max_size=200).map(packed)))
 @example(SMALL)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_t13_any_bytes_are_refused_or_load(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(content)
