@@ -254,7 +254,7 @@ class _WorkerReplica:
         metrics.send_to(_RayMetrics())
         traces.start("worker")
         began = time.monotonic()
-        from deployments.worker import Worker  # imports torch, which only a replica needs
+        from deployments.worker.worker import Worker  # imports torch, which only a replica needs
 
         name = serve.get_replica_context().app_name
         self._worker = Worker(settings, open_files(settings.files_url), name)
@@ -284,8 +284,8 @@ class _WorkerReplica:
         return self._meter.told()
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What the router is told of this replica, see Worker.holdings."""
-        holdings = self._worker.holdings()
+        """What the router is told of this replica, see Intake.holdings."""
+        holdings = self._worker.intake.holdings()
         self._worker.measure(holdings.values())
         holds = {need: (held.tier, held.nbytes) for need, held in holdings.items()}
         return {"seconds": self._meter.seconds, "holds": holds}

@@ -78,7 +78,7 @@ SEAMS = {
     # rooms never import rooms: they meet in app
     "deployments.gateway": ("deployments.gateway", "deployments.app", "deployments.cli"),
     "deployments.dispatcher": ("deployments.app",),
-    "deployments.worker": ("deployments.app",),
+    "deployments.worker": ("deployments.worker", "deployments.app"),
     "deployments.connect": ("deployments.connect", "deployments.cli"),
     "deployments.webhooks": ("deployments.webhooks", "deployments.app", "deployments.cli"),
 }

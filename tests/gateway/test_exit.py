@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from websockets.asyncio.client import connect
 
 from deployments.files.store import open_files
-from deployments.worker import Worker
+from deployments.worker.results import Results
+from deployments.worker.worker import Worker
 from pipelines import zoo
 from pipelines.exit import Exit
 from pipelines.registry import endpoint
@@ -59,7 +60,7 @@ async def place(tmp_path: Path, workers: dict[str, Worker]) -> AsyncIterator[Pla
     """A gateway before real workers."""
     async with gateway_at_work(tmp_path, keys=ALICE) as place:
         for worker in workers.values():
-            worker._files = place.files
+            worker._results = Results(place.files)
         place.model.generate = lambda job, backlog: workers[job.endpoint_id].generate(job)  # type: ignore[method-assign]
         yield place
 

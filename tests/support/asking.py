@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from deployments.files.store import open_files
-from deployments.worker import Worker
+from deployments.worker.worker import Worker
 from pipelines import zoo
 from schemas.jobs import Backlog, Job, Update
 from schemas.settings import ModelSettings

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deployments import holdings
 from deployments.affinity import Holding, Tier
-from deployments.holdings import Holdings
+from deployments.worker import holdings
+from deployments.worker.holdings import Holdings
 from schemas.assets import Asset, AssetKind
 
 

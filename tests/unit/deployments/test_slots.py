@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from deployments.slots import Slots
+from deployments.worker.slots import Slots
 from schemas.jobs import Priority
 
 

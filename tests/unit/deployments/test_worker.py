@@ -24,7 +24,7 @@ from safetensors.torch import save, save_file
 from deployments import metrics
 from deployments.affinity import Tier
 from deployments.files.store import FileStore, open_files
-from deployments.worker import Worker
+from deployments.worker.worker import Worker
 from pipelines import zoo
 from pipelines.base import Assets, Glimpse, Outcome
 from pipelines.registry import ENDPOINTS, endpoint
@@ -658,7 +658,7 @@ async def test_t15_a_picture_that_ends_its_process_is_a_422_of_its_field(
         base_url="http://box",
     )
     waiting = asyncio.create_task(updates(worker, job))
-    [pid] = worker._decoders.pids()
+    [pid] = worker.intake._decoders.pids()
     ticks = 0
     while ticks < 20:  # it has begun
         await asyncio.sleep(0.01)
@@ -702,7 +702,7 @@ def fetch(make_worker: Make, tmp_path: Path) -> Fetch:
     async def fetched(fields: dict[str, Any]) -> Assets:
         request = general.Input.model_validate({"prompt": "x"} | fields)
         async with AsyncExitStack() as stack:
-            return await worker._fetch(make_job(), request, stack, lambda event: None)
+            return await worker.intake.fetch(make_job(), request, stack, lambda event: None)
 
     return fetched
 
@@ -810,10 +810,10 @@ async def test_weights_of_every_kind_are_fetched_ahead_and_then_there(
     async with serving() as hub:
         put_everything(hub)
         worker, request = named_in_full(hub.url), full_request(f"{hub.url}/cat.png")
-        await asyncio.gather(*(worker._keep(asset, make_job()) for asset in weights(request)))
+        await worker.intake.keep(make_job(), weights(request))
         ahead = set(hub.asked)
         async with AsyncExitStack() as stack:
-            files = await worker._fetch(make_job(), request, stack, lambda event: None)
+            files = await worker.intake.fetch(make_job(), request, stack, lambda event: None)
             assert set(files.weights) == WEIGHTS_FIELDS
             assert (files.weights["body", "model_name"] / "unet" / "config.json").is_file()
             assert {each.name for each in files.weights["body", "image_encoder_path"].iterdir()} == {
@@ -834,7 +834,7 @@ async def test_every_weights_file_that_cannot_be_had_is_named(named_in_full: Cal
         request = request.model_copy(update={"ip_adapter": [adapter]})
         with pytest.raises(InputError) as raised:
             async with AsyncExitStack() as stack:
-                await named_in_full(hub.url)._fetch(make_job(), request, stack, lambda event: None)
+                await named_in_full(hub.url).intake.fetch(make_job(), request, stack, lambda event: None)
     faults = {fault.loc: fault.msg for fault in raised.value.fields}
     assert set(faults) == WEIGHTS_FIELDS
     assert faults["body", "model_name"].startswith("This server does not serve this model. It serves tiny")
@@ -852,7 +852,7 @@ async def test_the_model_of_the_start_is_named_without_a_download(
         ):
             request = anything.Input(prompt="x", model_name=source)
             async with AsyncExitStack() as stack:
-                files = await worker._fetch(make_job(), request, stack, lambda event: None)
+                files = await worker.intake.fetch(make_job(), request, stack, lambda event: None)
             assert files.weights == {("body", "model_name"): path}
         assert not hub.asked
 
@@ -891,7 +891,7 @@ async def test_a_model_of_the_hub_is_loaded_once_for_all_who_name_it(
 def tiers(worker: Worker, job: Job) -> list[Tier | None]:
     """Where a worker holds what the router is told that a job needs."""
     request = endpoint(job.endpoint_id).input_type().model_validate(job.input)
-    held = worker.holdings()
+    held = worker.intake.holdings()
     return [each.tier if (each := held.get(asset.digest)) else None for asset in weights(request)]
 
 
@@ -951,7 +951,7 @@ async def test_the_weights_of_the_next_job_come_while_one_runs_and_only_once(
     worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
     running = await begun(worker, make_job(input=LONG))
     worker.prefetch(job)
-    await became(lambda: not worker._prefetches)
+    await became(lambda: not worker.intake.ahead)
     assert hub.asked == {STYLE: 1}
     assert len(worker._engine) == 1  # the first still runs
     await running.aclose()
@@ -965,7 +965,7 @@ async def test_a_worker_tells_where_it_holds_what_a_job_needs(make_eager: Make, 
     worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
     assert tiers(worker, job) == [None]
     worker.prefetch(job)
-    await became(lambda: not worker._prefetches)
+    await became(lambda: not worker.intake.ahead)
     assert tiers(worker, job) == [Tier.DISK]
     await updates(worker, job)
     assert tiers(worker, job) == [Tier.DEVICE]
@@ -980,12 +980,16 @@ async def test_the_metrics_hear_where_named_weights_were_and_where_they_lie(
     try:
         await updates(worker, job)
         await updates(worker, job)
-        worker.measure(worker.holdings().values())
+        worker.measure(worker.intake.holdings().values())
     finally:
         metrics.send_to(None)
     assert [tier for name, _, tier in told if name == metrics.LOOKUPS.name] == ["none", "device"]
     held = {tier: value for name, value, tier in told if name == metrics.HELD.name}
-    assert held == {"device": sum(each.nbytes for each in worker.holdings().values()), "ram": 0, "disk": 0}
+    assert held == {
+        "device": sum(each.nbytes for each in worker.intake.holdings().values()),
+        "ram": 0,
+        "disk": 0,
+    }
     assert held["device"] > 0
 
 
@@ -1010,7 +1014,7 @@ async def test_a_job_that_is_given_up_leaves_the_download_to_its_end(make_eager:
     run = asyncio.create_task(updates(worker, job))
     await asyncio.sleep(0.1)
     run.cancel()
-    await became(lambda: not worker._prefetches)
+    await became(lambda: not worker.intake.ahead)
     told = await updates(worker, job)
     assert told[-1].result is not None and told[-1].result.status == 200
     assert hub.asked == {STYLE: 1}
@@ -1026,7 +1030,7 @@ async def test_few_files_are_fetched_ahead_at_once_over_all_jobs(make_eager: Mak
     await became(lambda: hub.asked.total() >= 2)
     await asyncio.sleep(0.1)
     assert [*hub.asked] == names[:2]
-    await became(lambda: not worker._prefetches)
+    await became(lambda: not worker.intake.ahead)
     assert hub.asked == dict.fromkeys(names, 1)
 
 
@@ -1040,7 +1044,7 @@ async def test_what_cannot_be_fetched_ahead_ends_quietly_and_stops_no_other_file
     worker.prefetch(styled(f"{hub.url}/of-a-refused-job", num_images=99))
     worker.prefetch(styled(f"{hub.url}/of-a-picture-too-large", image_size={"width": 65, "height": 64}))
     worker.prefetch(make_job(endpoint_id="fal-ai/other", input={"loras": [{"path": f"{hub.url}/of-none"}]}))
-    await asyncio.gather(*worker._prefetches)
+    await asyncio.gather(*worker.intake.ahead)
     assert hub.asked == {"/lost": 1, "/page": 1, STYLE: 1}
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
 
@@ -1051,9 +1055,9 @@ async def test_a_file_in_use_is_not_evicted_for_one_fetched_ahead(
     worker = make_eager(cache_bytes=lora_file.stat().st_size + 10)
     hub.files["/other.safetensors"] = save({"a": torch.zeros(1)}, {"filler": "x" * 100})
     used = Asset(AssetKind.LORA, f"{hub.url}{STYLE}")
-    with await worker._weights.locate(used, "", lambda line: None) as path:
+    with await worker.intake._weights.locate(used, "", lambda line: None) as path:
         worker.prefetch(styled(f"{hub.url}/other.safetensors"))
-        await became(lambda: not worker._prefetches)
+        await became(lambda: not worker.intake.ahead)
         assert hub.asked["/other.safetensors"] == 1
         assert path.exists()
 
@@ -1065,7 +1069,7 @@ async def test_a_job_beyond_the_concurrency_waits_and_its_weights_are_fetched_me
     running = await begun(worker, make_job(input=LONG))
     waiting = asyncio.create_task(updates(worker, job))
     given_up = asyncio.create_task(updates(worker, make_job(input=FIELDS)))
-    await became(lambda: hub.asked == {STYLE: 1} and not worker._prefetches)
+    await became(lambda: hub.asked == {STYLE: 1} and not worker.intake.ahead)
     await asyncio.sleep(0.3)
     assert len(worker._engine) == 1
     assert not waiting.done() and not given_up.done()

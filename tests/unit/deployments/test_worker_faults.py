@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from deployments.files.store import open_files
-from deployments.worker import Worker
+from deployments.worker.worker import Worker
 from schemas.jobs import JobResult
 from schemas.settings import ModelSettings
 from tests.support.jobs import ENDPOINT, make_job
