@@ -12,6 +12,7 @@ from benchmarks import (
     queue_throughput,
     routing,
     scaling,
+    scaling_nodes,
     stable_diffusion,
     webhooks,
     zoo,
@@ -32,5 +33,6 @@ for benchmark in (
     stable_diffusion,
     zoo,
     cluster,
+    scaling_nodes,
 ):
     benchmark.main()

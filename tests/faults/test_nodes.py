@@ -29,9 +29,7 @@ from tests.support.ray_cluster import (
 from tests.support.watching import follow, submit
 
 BACKLOG = 16  # more than a replica takes
-pytestmark = pytest.mark.skipif(
-    SCALE == 1, reason="of the long form, a cluster of several nodes: make faults"
-)
+long_form = pytest.mark.skipif(SCALE == 1, reason="of the long form: make faults")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +112,7 @@ def test_f27_a_rolling_deploy_under_load_costs_no_answer(cluster: RayCluster, ht
     assert not before & now, "all were replaced"
 
 
+@long_form
 def test_f07_without_the_gcs_everything_goes_on_and_models_start_again_after_it_came_back(
     cluster: RayCluster, http: httpx.Client
 ) -> None:
@@ -146,6 +145,7 @@ def test_f07_what_is_accepted_before_and_without_the_head_is_done_and_nobody_is_
     assert after["replica_id"] == before["replica_id"], "who runs goes on"
 
 
+@long_form
 def test_f30_nodes_die_one_after_another_while_clients_call(cluster: RayCluster, http: httpx.Client) -> None:
     have(cluster, "front/2", "gpu-80gb", "gpu-80gb/2")
     chance = random.Random(7)
