@@ -322,8 +322,11 @@ class Dispatcher:
 
     async def _report(self, job: Job) -> None:
         """One log line for a request that has ended, as the queue knows it."""
-        with contextlib.suppress(StoreDown):
+        try:
             record = await self._queue.get(job.request_id, job.tenant)
+        except StoreDown as error:
+            logger.error("the end of request %s cannot be told: %s", job.request_id, logs.why(error))
+        else:
             if record is not None:
                 endings.tell(record)
 
@@ -371,7 +374,8 @@ async def _insist(write: Callable[[], Awaitable[bool]]) -> bool:
             return await write()
         except StoreClosed:
             raise
-        except StoreDown:
+        except StoreDown as error:
+            logger.error("what a worker said cannot be kept yet: %s", logs.why(error))
             await asyncio.sleep(IDLE_S)
 
 

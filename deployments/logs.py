@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from deployments import traces
+from schemas.errors import DarkroomError
 from schemas.jobs import JobResult, Record
 
 MAX_CHARS = 4_000  # of a message
@@ -109,6 +110,11 @@ def words(fields: Mapping[str, Any]) -> str:
 
 def _seconds(begin: float | None, end: float | None) -> float | None:
     return None if begin is None or end is None else round(end - begin, 3)
+
+
+def why(error: DarkroomError) -> str:
+    """What caused an error, in a line; its own words where nothing else did."""
+    return str(error.__cause__ or error).partition("\n")[0]
 
 
 def clean(text: str, limit: int = MAX_CHARS) -> str:

@@ -36,7 +36,8 @@ MAX_NAME = 80  # characters of a client's file name that stay in a key
 CHUNK_BYTES = 2**18  # what is read at once
 
 Clock = Callable[[], float]
-_NO_ROOM = f"(os error {errno.ENOSPC})"  # in the words of the library's Rust
+# In the words of the library's Rust: the disk, the account's share of it, or what a process may write.
+_NO_ROOM = tuple(f"(os error {number})" for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +232,18 @@ def told() -> Iterator[None]:
     try:
         yield
     except BaseError as error:
-        if _NO_ROOM in str(error):
+        if any(words in str(error) for words in _NO_ROOM):
             raise StoreFull() from error
         raise StoreDown("The file store cannot be used at this moment; try again.") from error
 
 
 async def _chunks(found: "obstore.GetResult") -> AsyncIterator[bytes]:
-    async for chunk in found.stream(CHUNK_BYTES):
+    chunks = aiter(found.stream(CHUNK_BYTES))
+    while True:
+        with told():
+            chunk = await anext(chunks, None)
+        if chunk is None:
+            return
         yield bytes(chunk)
 
 

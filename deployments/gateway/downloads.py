@@ -5,6 +5,7 @@ redirect to one that is good for a while.
 """
 
 import re
+from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
@@ -39,7 +40,7 @@ def routes(files: FileStore) -> list[Route]:
         is_same = request.headers.get("if-range", headers["etag"]) == headers["etag"]
         asked = _span(request.headers.get("range", ""), found.size) if is_same else None
         if asked is None:
-            return StreamingResponse(found.chunks, headers=headers)
+            return StreamingResponse(await _begun(found.chunks), headers=headers)
         start, end = asked
         if start >= end:
             return Response(status_code=416, headers={"content-range": f"bytes */{found.size}"})
@@ -47,9 +48,21 @@ def routes(files: FileStore) -> list[Route]:
             "content-length": str(end - start),
             "content-range": f"bytes {start}-{end - 1}/{found.size}",
         }
-        return StreamingResponse(files.read(key, start, end), 206, headers)
+        return StreamingResponse(await _begun(files.read(key, start, end)), 206, headers)
 
     return [Route("/files/{key}", file)]
+
+
+async def _begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same chunks, of which the first is there: a store that cannot be read is told by a status."""
+    first = await anext(chunks, b"")
+
+    async def from_the_first() -> AsyncIterator[bytes]:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return from_the_first()
 
 
 def _span(text: str, size: int) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from deployments import logs
 from deployments.files.signatures import Signer
 from deployments.gateway.throttle import Throttle
 from deployments.queue import KeyTable
@@ -96,10 +97,10 @@ class Keys:
                 return
             try:
                 news = await self._table.since(self._version)
-            except StoreDown:
+            except StoreDown as error:
                 if self._version is None:
                     raise
-                logger.warning("the keys could not be read; those known before hold")
+                logger.error("the keys could not be read; those known before hold: %s", logs.why(error))
                 news = None
             self._looked_at = began
         if news is not None:

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from deployments import metrics
+from deployments import logs, metrics
 from deployments.gateway import answers, openai, pages, tokens
 from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
 from deployments.gateway.keys import Keys
@@ -24,6 +24,7 @@ from schemas.errors import (
     MethodNotAllowed,
     NotFound,
     RequestError,
+    StoreDown,
     TooManyRuns,
 )
 
@@ -158,8 +159,10 @@ class Errors:
             await self._app(scope, receive, watch)
         except Exception as error:
             known = _known(error)
-            if known.status >= 500 and not isinstance(error, DarkroomError):
-                path = scope["path"].partition("/multipart/")[0]  # what follows is a ticket
+            path = scope["path"].partition("/multipart/")[0]  # what follows is a ticket
+            if isinstance(error, StoreDown):
+                logger.error("%s %s failed, %s: %s", scope["method"], path, _id(scope), logs.why(error))
+            elif known.status >= 500 and not isinstance(error, DarkroomError):
                 logger.exception("%s %s failed, %s", scope["method"], path, _id(scope))
             metrics.REFUSED.add(reason=known.error_type, status=str(known.status))
             if began:

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
+from schemas.errors import StoreDown
+
 T = TypeVar("T")
 Operation = Callable[[Connection], T]
 
@@ -45,3 +47,10 @@ class Database(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Finish what was accepted and release everything."""
+
+
+def down(error: Exception) -> StoreDown:
+    """What a caller gets where the database failed: with the cause, which whoever takes it at last logs."""
+    failure = StoreDown("The queue cannot be reached at this moment; try again.")
+    failure.__cause__ = error
+    return failure

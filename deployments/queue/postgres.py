@@ -9,7 +9,6 @@ A commit whose answer was lost may have happened: its callers get StoreDown as w
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -21,12 +20,9 @@ from sqlalchemy.pool import NullPool
 
 from deployments import crash
 from deployments.queue import migrations
-from deployments.queue.database import Database, Operation
+from deployments.queue.database import Database, Operation, down
 from deployments.queue.listener import CHANNEL, Listener
 from deployments.queue.writer import GroupWriter
-from schemas.errors import StoreDown
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -78,7 +74,7 @@ class PostgresDatabase(Database):
         try:
             return await loop.run_in_executor(self._readers, self._read, operation)
         except (OperationalError, InterfaceError) as error:
-            raise _down(error) from error
+            raise down(error) from error
 
     async def changed(self, timeout_s: float) -> None:
         await self._bell.wait(timeout_s)
@@ -146,14 +142,14 @@ def _connected(engine: Engine) -> Connection:
     try:
         return engine.connect()
     except (OperationalError, InterfaceError) as error:
-        raise _down(error) from error
+        raise down(error) from error
 
 
 def _commit(connection: Connection) -> None:
     try:
         connection.commit()
     except (OperationalError, InterfaceError) as error:
-        raise _down(error) from error
+        raise down(error) from error
 
 
 def _may_pass(error: DBAPIError) -> bool:
@@ -163,12 +159,7 @@ def _may_pass(error: DBAPIError) -> bool:
 
 
 def _explain(error: Exception) -> Exception:
-    return _down(error) if isinstance(error, OperationalError | InterfaceError) else error
-
-
-def _down(error: Exception) -> StoreDown:
-    logger.error("the queue's database failed: %s", getattr(error, "orig", error))
-    return StoreDown("The queue cannot be reached at this moment; try again.")
+    return down(error) if isinstance(error, OperationalError | InterfaceError) else error
 
 
 def _open(url: str, *, pool_size: int, read_only: bool = False) -> Engine:

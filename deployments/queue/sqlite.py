@@ -11,15 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event
+from sqlalchemy.exc import DatabaseError, OperationalError
 
 from deployments import crash
 from deployments.queue import migrations
-from deployments.queue.database import Database, Operation
+from deployments.queue.database import Database, Operation, down
 from deployments.queue.doorbell import Doorbell
 from deployments.queue.writer import GroupWriter
-from schemas.errors import StoreDown
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +50,10 @@ class SqliteDatabase(Database):
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._readers, self._read, operation)
-        except (OperationalError, OSError) as error:
-            raise _down(error) from error
+        except (DatabaseError, OSError) as error:
+            if _is_failure(error):
+                raise down(error) from error
+            raise
 
     async def changed(self, timeout_s: float) -> None:
         await self._bell.wait(timeout_s)
@@ -102,12 +103,13 @@ def migrate(path: Path, to: str = "head") -> migrations.Move:
 
 
 def _explain(error: Exception) -> Exception:
-    return _down(error) if isinstance(error, OperationalError | OSError) else error
+    return down(error) if _is_failure(error) else error
 
 
-def _down(error: Exception) -> StoreDown:
-    logger.error("the queue's database failed: %s", error)
-    return StoreDown("The queue cannot be reached at this moment; try again.")
+def _is_failure(error: Exception) -> bool:
+    """Of the database, and not of an operation. Of a disk that cannot be read SQLite says, in an error of no
+    kind, that the "database disk image is malformed"."""
+    return isinstance(error, OperationalError | OSError) or type(error) is DatabaseError
 
 
 def _open(path: Path) -> Engine:
@@ -129,4 +131,15 @@ def _open(path: Path) -> Engine:
         read_only = connection.get_execution_options().get("read_only", False)
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
+    event.listen(engine, "handle_error", _notice_undone)
     return engine
+
+
+def _notice_undone(context: ExceptionContext) -> None:
+    """Where a disk is full or fails, SQLite may undo the whole transaction and not one statement of it. Then
+    nothing more may be done in it, nor what was done before be taken for kept: as with a lost connection."""
+    connection = context.connection
+    if connection is None or connection.get_execution_options().get("read_only", False):
+        return
+    if not connection.connection.in_transaction:
+        context.is_disconnect, context.invalidate_pool_on_disconnect = True, False

@@ -84,12 +84,12 @@ class GroupWriter:
             return self._run(operations, lambda connection, operation: (operation(connection), None))
         except Exception as error:  # noqa: BLE001 - the top of the writer's loop; the callers get it
             if len(operations) == 1 or isinstance(error, StoreDown):
-                return [(None, self._explain(error))] * len(operations)
+                return [(None, self._explain(error)) for _ in operations]
         crash.point("group.undone")
         try:
             return self._run(operations, self._attempt)
         except Exception as error:  # noqa: BLE001 - as above
-            return [(None, self._explain(error))] * len(operations)
+            return [(None, self._explain(error)) for _ in operations]
 
     def _run(
         self,

@@ -231,7 +231,8 @@ async def _insist(write: Callable[[], Coroutine[Any, Any, bool]]) -> None:
             return
         except StoreClosed:
             raise
-        except StoreDown:
+        except StoreDown as error:
+            logger.error("what a receiver said cannot be kept yet: %s", logs.why(error))
             await asyncio.sleep(IDLE_S)
 
 

@@ -170,7 +170,7 @@ class Worker:
                     updates.filled.set()  # somebody waits to hear that
                 return await self._answer(job, job.waited_s + waited_s, updates.add, span)
         except ServerError as error:
-            logger.warning("request %s failed: %s", job.request_id, error.message)
+            logger.warning("request %s failed: %s", job.request_id, logs.why(error))
             return JobResult.failure(error)
         except DarkroomError as error:
             return JobResult.failure(error)

@@ -4,19 +4,25 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, insert
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from deployments.queue import feed, open_queue
 from deployments.queue.doorbell import Doorbell
-from deployments.queue.sqlite import SqliteDatabase
+from deployments.queue.sqlite import READERS, SqliteDatabase
+from deployments.queue.tables import events
 from schemas.errors import StoreDown
 from schemas.jobs import State
 from schemas.settings import LeaseSettings
+from tests.faults import disks
+from tests.support.databases import LIMIT_S, grouped, note, noted
 from tests.support.jobs import make_job
+
+ROW = {"kind": "state", "at": 1.0, "payload": None}
 
 
 def pragmas(connection: Connection) -> list[object]:
@@ -120,6 +126,55 @@ async def test_a_failing_disk_is_a_store_that_is_down(tmp_path: Path) -> None:
     with pytest.raises(StoreDown):
         await database.read(full)
     assert await database.write(pragmas) == ["wal", 2]
+    await database.close()
+
+
+@pytest.mark.parametrize("size", [1, 10_000_000], ids=["small", "large"])
+async def test_where_a_disk_is_full_nothing_of_a_shared_commit_is_told_and_lost(
+    tmp_path: Path, size: int
+) -> None:
+    """SQLite may undo the whole transaction then, and what came before the one that was too large with it."""
+    database = SqliteDatabase(tmp_path / "queue.sqlite3")
+
+    def fills(connection: Connection) -> None:
+        connection.exec_driver_sql("PRAGMA max_page_count=1")  # as many as it has
+        while True:
+            connection.execute(insert(events), {**ROW, "request_id": "x" * size})
+
+    async with grouped(database) as group:
+        outcomes = group(note("1"), fills, note("2"))
+    told = await outcomes()
+    assert isinstance(told[1], StoreDown)
+    assert "disk is full" in str(told[1].__cause__)
+    kept = [name for name, each in zip(("1", "", "2"), told, strict=True) if not isinstance(each, Exception)]
+    assert await database.read(noted) == kept
+    await database.write(note("3"))  # there is room again
+    assert await database.read(noted) == [*kept, "3"]
+    await database.close()
+
+
+async def test_a_database_that_cannot_be_read_is_a_store_that_is_down(tmp_path: Path) -> None:
+    database = SqliteDatabase(tmp_path / "queue.sqlite3")
+    together = threading.Barrier(READERS)
+    await asyncio.gather(*(database.read(lambda _: together.wait(LIMIT_S)) for _ in range(READERS)))
+    await database.write(note("kept"))  # which no reader has in its memory
+    with disks.unreadable(tmp_path / "queue.sqlite3-wal"):
+        for _ in range(2):
+            with pytest.raises(StoreDown, match="try again"):
+                await database.read(noted)
+    assert await database.read(noted) == ["kept"]
+    await database.close()
+
+
+async def test_what_is_wrong_with_an_operation_is_no_fault_of_the_database(tmp_path: Path) -> None:
+    database = SqliteDatabase(tmp_path / "queue.sqlite3")
+
+    def asks_too_little(connection: Connection) -> None:
+        connection.exec_driver_sql("SELECT ?")
+
+    for run in (database.read, database.write):
+        with pytest.raises(ProgrammingError):
+            await run(asks_too_little)
     await database.close()
 
 

@@ -6,6 +6,8 @@ import os
 import platform
 import resource
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -13,10 +15,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _NEW_NAMESPACE, _NEW_USER = 0x00020000, 0x10000000
 _PRIVATE = 0x00040000 | 0x4000  # mounts of this process stay its own
 
-# Of the calls that write and sync: their numbers on the machines that we know.
+# Of the calls that read, write and sync: their numbers on the machines that we know.
 _NUMBERS = {
-    "x86_64": {"fsync": 74, "fdatasync": 75, "pwrite64": 18, "rename": 82},
-    "aarch64": {"fsync": 82, "fdatasync": 83, "pwrite64": 68},
+    "x86_64": {"fsync": 74, "fdatasync": 75, "pwrite64": 18, "rename": 82, "read": 0, "pread64": 17},
+    "aarch64": {"fsync": 82, "fdatasync": 83, "pwrite64": 68, "read": 63, "pread64": 67},
 }
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -44,8 +46,11 @@ def limit_files(size: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
-def fail(call: str, error: int = errno.EIO) -> None:
-    """Have a system call fail from now on, in this process and for good. Raises OSError, KeyError."""
+def fail(call: str, error: int = errno.EIO, least: int = 0) -> None:
+    """Have a system call fail from now on, in this process and for good, on descriptors of at least `least`.
+
+    Raises OSError, KeyError.
+    """
     machine = platform.machine()
     number = _NUMBERS[machine][call]
     allow, refuse = 0x7FFF0000, 0x00050000 | error
@@ -56,7 +61,9 @@ def fail(call: str, error: int = errno.EIO) -> None:
             (0x15, 1, 0, _ARCHITECTURES[machine]),
             (0x06, 0, 0, allow),
             (0x20, 0, 0, 0),  # load the number of the call
-            (0x15, 0, 1, number),
+            (0x15, 0, 3, number),
+            (0x20, 0, 0, 16),  # load its first argument
+            (0x35, 0, 1, least),
             (0x06, 0, 0, refuse),
             (0x06, 0, 0, allow),
         )
@@ -67,6 +74,39 @@ def fail(call: str, error: int = errno.EIO) -> None:
     _check(_libc.prctl(no_new_privileges, 1, 0, 0, 0))
     seccomp = {"x86_64": 317, "aarch64": 277}[machine]
     _check(_libc.syscall(seccomp, install, all_threads, header))
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Meanwhile an open file of this process cannot be read: the kernel says EIO."""
+    found = [int(name) for name in os.listdir("/proc/self/fd") if _leads_to(name, path)]
+    bad = os.open("/proc/self/mem", os.O_RDONLY)  # nothing is at the addresses of a file's pages
+    kept = {descriptor: os.dup(descriptor) for descriptor in found}
+    try:
+        for descriptor in found:
+            os.dup2(bad, descriptor)
+        yield
+    finally:
+        for descriptor, good in kept.items():
+            os.dup2(good, descriptor)
+            os.close(good)
+        os.close(bad)
+
+
+def _leads_to(name: str, path: Path) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{name}") == str(path)
+    except FileNotFoundError:
+        return False
+
+
+def next_descriptor() -> int:
+    """The number that the next file opened by this process gets, and all after it more than that."""
+    most = max(int(name) for name in os.listdir("/proc/self/fd"))
+    while (found := os.open("/dev/null", os.O_RDONLY)) < most:
+        pass  # one in a hole
+    os.close(found)
+    return found
 
 
 def _check(result: int) -> None:

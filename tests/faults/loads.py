@@ -5,15 +5,19 @@ import os
 import random
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
+import httpx
 from sqlalchemy.exc import OperationalError
+from starlette.applications import Starlette
 
+from deployments.gateway import downloads
 from deployments.queue import sqlite
 from schemas.errors import StoreDown, WorkerLost
 from schemas.jobs import Job, Priority
 from schemas.settings import LeaseSettings
 from tests.faults import disks, processes
-from tests.faults.fronts import Place, finish, front
+from tests.faults.fronts import Front, Place, finish, front
 from tests.faults.telling import Artist, Client
 
 SHORT = LeaseSettings(lease_s=1.5, heartbeat_s=0.3, backoff_s=0)
@@ -177,3 +181,36 @@ async def with_failing(place: Place, call_name: str) -> None:
         for _ in range(5):
             await one.client.submit()
         os._exit(0)  # nothing of it could be closed
+
+
+async def with_reads_failing(place: Place) -> None:
+    """Calls while requests run and pictures are read, from a disk that cannot be read any more."""
+    async with front(place) as one:
+        await one.serve()
+        done = await one.client.insist(webhook_url=place.hook())
+        await one.client.end(done)
+        [picture] = [each.name for each in (place.folder / "files").glob("*.png")]
+        assert await _download(one, picture) == (200, DRAWN_BYTES)
+        await one.client.insist(f"gate {place.folder}/open")
+        disks.fail("read", least=disks.next_descriptor())
+        disks.fail("pread64")
+        (place.folder / "open").touch()
+        for _ in range(8):
+            await one.client.submit(key=uuid4().hex, webhook_url=place.hook())
+            disks.next_descriptor()  # what was closed meanwhile is filled up again
+            for read in (one.client.look(done), one.files.content(picture)):
+                try:
+                    await read
+                except StoreDown as error:
+                    told = await _download(one, picture)
+                    one.history.write("unread", why=repr(error.__cause__), told=told)
+        one.history.write("killed", what="a dispatcher")
+        os._exit(0)  # nothing of it could be closed
+
+
+async def _download(one: Front, key: str) -> tuple[int, int]:
+    """The status and the number of bytes that a client gets of a file."""
+    transport = httpx.ASGITransport(Starlette(routes=downloads.routes(one.files)), raise_app_exceptions=False)
+    async with httpx.AsyncClient(base_url="http://here", transport=transport) as http:
+        answer = await http.get(f"/files/{key}")
+        return answer.status_code, len(answer.content)

@@ -1,4 +1,4 @@
-"""Disks are full, and syncs fail: what was not stored was not accepted, and nothing half made is seen."""
+"""Disks are full, cannot be read or synced: what was not stored was not accepted, nothing half made seen."""
 
 from pathlib import Path
 
@@ -25,6 +25,18 @@ def test_f12_a_full_disk_costs_time_only(place: Place, receiver: Receiver, is_mo
     refused = events(place, "refused")
     assert len(refused) >= 3
     assert all(each["is_unknown"] for each in refused)
+
+
+def test_f12_what_could_not_be_read_is_told_and_is_there_later(place: Place, receiver: Receiver) -> None:
+    assert processes.run(loads.with_reads_failing, place) == 0
+    assert processes.run(finish, place) == 0
+    assert verdict(place, receiver) == []
+    unread = events(place, "unread")
+    whys = [each["why"] for each in unread]
+    assert any("malformed" in why for why in whys), "of the queue"
+    assert any("Input/output error" in why for why in whys), "of the files"
+    downloads = {tuple(each["told"]) for each in unread} - {(200, loads.DRAWN_BYTES)}
+    assert {status for status, _ in downloads} == {500}, "and no answer had begun"
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])

@@ -9,16 +9,22 @@ import pytest
 from deployments.files.store import FileStore, open_files
 from deployments.files.uploads import Uploads
 from schemas.errors import StoreDown, StoreFull
+from tests.faults import disks
 from tests.support.uploading import begun, folder, parted, sent, uploaded
 
 SIZE = 2 * 2**20
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of two MiB."""
+@pytest.fixture(params=["small disk", "limit on files"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A disk of two MiB; or one on which no file may have more, which needs no right to mount it."""
     path = tmp_path / "disk"
     path.mkdir()
+    if request.param == "limit on files":
+        disks.limit_files(SIZE)
+        yield path
+        disks.limit_files(None)
+        return
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", path], capture_output=True, text=True
     )
@@ -26,6 +32,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"nothing can be mounted here: {mounted.stderr}")
     yield path
     subprocess.run(["umount", path], check=True)
+
+
+only_small_disk = pytest.mark.parametrize("disk", ["small disk"], indirect=True)
 
 
 @pytest.fixture
@@ -64,6 +73,7 @@ async def test_t32_an_upload_that_does_not_fit_is_told_and_leaves_nothing(files:
     assert await files.content(ticket.key) == b"small enough"
 
 
+@only_small_disk
 async def test_t32_parts_that_do_not_fit_twice_can_be_completed_later(files: FileStore) -> None:
     uploads = Uploads(files, 10 * SIZE)
     ticket = await begun(uploads)
@@ -74,6 +84,7 @@ async def test_t32_parts_that_do_not_fit_twice_can_be_completed_later(files: Fil
     assert [name for name in kept(files) if "#" in name] == []
 
 
+@only_small_disk
 async def test_t32_uploads_are_refused_while_there_is_a_reserve(files: FileStore) -> None:
     uploads = Uploads(files, SIZE, min_free_bytes=SIZE // 2)
     ticket = await begun(uploads)
