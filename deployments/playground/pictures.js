@@ -1,5 +1,6 @@
 // A field for a picture: an address, or a file that is chosen, dropped or pasted, which is uploaded.
 
+import { SERVER } from "./api.js";
 import { address, button, element, picture, words } from "./dom.js";
 import { Scalar } from "./scalars.js";
 
@@ -95,6 +96,5 @@ export class Picture extends Scalar {
 function isNear(text) {
   const url = address(text.trim());
   if (url === undefined || url.startsWith("data:")) return url !== undefined;
-  const { origin, pathname } = new URL(url);
-  return origin === location.origin && pathname.startsWith("/files/");
+  return url.startsWith(`${SERVER}files/`);
 }
