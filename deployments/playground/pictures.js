@@ -18,15 +18,17 @@ export class Picture extends Scalar {
     this.preview = element("div", { class: "thumb" });
     this.state = element("span", { class: "hint", role: "status" });
     this.uploads = 0;
+    this.choose = button("Choose a file", () => this.chooser.click(), { class: "plain" });
     this.build(control);
-    const choose = button("Choose a file", () => this.chooser.click(), {
-      class: "plain",
-      "aria-label": `Choose a file for ${words(place.name)}`,
-    });
     const side = element("div", { class: "drop-side" });
     control.before(element("div", { class: "drop" }, this.preview, side));
-    side.append(control, element("div", { class: "row" }, choose, this.chooser, this.state));
+    side.append(control, element("div", { class: "row" }, this.choose, this.chooser, this.state));
     this.listen();
+  }
+
+  rename(name) {
+    super.rename(name);
+    this.choose.setAttribute("aria-label", `Choose a file for ${words(name)}`);
   }
 
   listen() {

@@ -210,6 +210,19 @@ async def test_a_form_says_what_it_was_filled_with(node_packages: Path, tmp_path
             validation.read(kind, json.loads(text))
 
 
+async def test_items_have_the_numbers_of_their_places_and_their_own_faults(
+    node_packages: Path, tmp_path: Path
+) -> None:
+    """Of three the second is taken away, then one is added, then the first is taken away."""
+    async with gateway_at_work(tmp_path) as place:
+        told = await tell(node_packages, "items.mjs", place.url)
+    assert told["invalid"] == {"item": "Loras 2 *", "path": "three", "field": "Scale"}
+    assert told["fault"] == "Input should be less than or equal to 4"
+    assert told["items"] == ["Loras 1 *", "Loras 2 *", "Loras 3 *"]
+    assert told["buttons"] == ["Remove Loras 1", "Remove Loras 2", "Remove Loras 3"]
+    assert told["left"] == "three"
+
+
 def same(value: Any) -> Any:
     """The same for numbers that JSON does not tell apart, and another one for true and 1."""
     if isinstance(value, dict):
