@@ -320,6 +320,7 @@ function title(spec) {
     number: "One number",
     picture: "One",
     text: "One",
+    file: "One",
   };
   return titles[spec.kind] ?? words(spec.kind);
 }

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from deployments.gateway import openapi, pages, validation
@@ -213,14 +214,17 @@ async def test_a_form_says_what_it_was_filled_with(node_packages: Path, tmp_path
 async def test_items_have_the_numbers_of_their_places_and_their_own_faults(
     node_packages: Path, tmp_path: Path
 ) -> None:
-    """Of three the second is taken away, then one is added, then the first is taken away."""
+    """Of three the second goes, one is added, the first goes; what is left then is given a file."""
     async with gateway_at_work(tmp_path) as place:
         told = await tell(node_packages, "items.mjs", place.url)
+        async with httpx.AsyncClient() as http:
+            sent = (await http.get(told["uploaded"])).content
     assert told["invalid"] == {"item": "Loras 2 *", "path": "three", "field": "Scale"}
     assert told["fault"] == "Input should be less than or equal to 4"
     assert told["items"] == ["Loras 1 *", "Loras 2 *", "Loras 3 *"]
     assert told["buttons"] == ["Remove Loras 1", "Remove Loras 2", "Remove Loras 3"]
     assert told["left"] == "three"
+    assert sent == b"weights" and told["uploaded"].endswith("stripes.safetensors")
 
 
 def same(value: Any) -> Any:

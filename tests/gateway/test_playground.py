@@ -212,6 +212,10 @@ async def test_a_document_says_which_fields_take_files(stranger: httpx.AsyncClie
     assert schemas["ImageFillInput"]["properties"]["fill_image_url"]["x-darkroom-asset"] == "image"
     assert schemas["ControlNet"]["properties"]["path"]["x-darkroom-asset"] == "controlnet"
     assert "x-darkroom-asset" not in fields["prompt"]
+    universal = (await stranger.get("/openapi/fal-ai/lora/image-to-image")).json()["components"]["schemas"]
+    adapter = universal["IPAdapter"]["properties"]
+    assert adapter["path"]["x-darkroom-asset"] == "ip_adapter"
+    assert "x-darkroom-asset" not in adapter["insight_face_model_path"]  # a folder of the server's
     assert found["info"]["x-fal-metadata"]["playgroundUrl"].endswith(
         "/playground/fal-ai/flux-general/rf-inversion"
     )

@@ -1,4 +1,4 @@
-// Items of a list that come and go. node items.mjs SERVER
+// Items of a list that come and go, and a file for one of them. node items.mjs SERVER
 
 import { telling } from "./pages.mjs";
 
@@ -34,6 +34,11 @@ await telling(async (open) => {
   told.items = await all(".items legend", (each) => each.map(({ textContent }) => textContent));
   told.buttons = await all(".items > li > button", (each) => each.map(({ ariaLabel }) => ariaLabel));
   await button("Remove Loras 1").click();
-  told.left = await item(1).getByRole("textbox", { name: "Path" }).inputValue();
+  const path = item(1).getByRole("textbox", { name: "Path" });
+  told.left = await path.inputValue();
+  const weights = { name: "stripes.safetensors", mimeType: "", buffer: Buffer.from("weights") };
+  await item(1).locator("input[type=file]").setInputFiles(weights);
+  await page.waitForFunction((each) => each.value.includes("/files/"), await path.elementHandle());
+  told.uploaded = await path.inputValue();
   return told;
 });
