@@ -1,11 +1,12 @@
 """A style of your own: a LoRA trained on twenty pictures, uploaded, and used in the next request.
 
     darkroom serve                                              # in another terminal
-    darkroom exec -- python examples/train_lora.py              # a few minutes on a CPU
+    darkroom exec -- python examples/train_lora.py [STEPS]      # a few minutes on a CPU
 
 The style is stripes, on the embedded FLUX. Everything after the training is what an app that uses fal does.
 """
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,30 @@ console = Console()
 
 
 def main() -> None:
-    file = train(OUT / "stripes.safetensors", STEPS)
+    file = train(OUT / "stripes.safetensors", int(sys.argv[1]) if len(sys.argv) > 1 else STEPS)
     url = fal_client.upload_file(file)
     start = fal_client.upload_file(blank(OUT / "blank.png"))
-    for name, loras in {"plain": [], "stripes": [{"path": url}]}.items():
-        answer: dict[str, Any] = fal_client.subscribe(
-            "fal-ai/flux-lora/image-to-image", arguments={**REQUEST, "image_url": start, "loras": loras}
-        )
-        picture = OUT / f"lora-{name}.jpg"
-        picture.write_bytes(httpx.get(answer["images"][0]["url"]).raise_for_status().content)
-        console.print(picture)
+    plain = draw("plain", start, [])
+    console.print(plain)
+    for name, scale in {"off": 0, "stripes": 1}.items():
+        styled = draw(name, start, [{"path": url, "scale": scale}])
+        console.print(f"{styled}: {difference(plain, styled):.0f} of 255 from the plain one", highlight=False)
+
+
+def draw(name: str, start: str, loras: list[dict[str, Any]]) -> Path:
+    """The same request under these LoRAs."""
+    answer = fal_client.subscribe(
+        "fal-ai/flux-lora/image-to-image", arguments={**REQUEST, "image_url": start, "loras": loras}
+    )
+    picture = OUT / f"lora-{name}.jpg"
+    picture.write_bytes(httpx.get(answer["images"][0]["url"]).raise_for_status().content)
+    return picture
+
+
+def difference(one: Path, other: Path) -> float:
+    """The mean over all pixels and colours, 0 … 255."""
+    pixels = [np.asarray(Image.open(each).convert("RGB"), dtype=float) for each in (one, other)]
+    return float(np.abs(pixels[0] - pixels[1]).mean())
 
 
 def train(file: Path, steps: int) -> Path:

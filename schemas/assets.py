@@ -58,7 +58,8 @@ class Names:
     def __get_pydantic_json_schema__(
         self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {**handler(core_schema), KEYWORD: self.kind.value}
+        schema = handler(core_schema)
+        return schema if self.kind is AssetKind.FACE_ANALYSIS else {**schema, KEYWORD: self.kind.value}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ An unknown key or a bad value stops the start and is named. Units are in the nam
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_IMAGE_BYTES = 50 * 2**20  # what fal.ai's own toolkit downloads at most
 DAY_S = 86_400.0
@@ -36,6 +37,16 @@ class Limits(Settings):
     max_megapixel_steps: float = Field(
         2500, gt=0, description="width × height in millions, times images, times steps, of one request"
     )
+
+
+def _public_url(text: str) -> str:
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+        raise ValueError(f"{text!r} is not an http or https URL that paths can be added to")
+    return text.rstrip("/")
+
+
+PublicUrl = Annotated[str, AfterValidator(_public_url)]
 
 
 class LeaseSettings(Settings):
@@ -132,8 +143,10 @@ class FrontSettings(Settings):
         "postgresql:/// all the rest from PGHOST, PGUSER and their like",
     )
     files_url: str = Field("file://~/.local/share/darkroom/files", description="where pictures are kept")
-    public_url: str | None = Field(
-        None, description="how clients reach this server; taken from the request when not set"
+    public_url: PublicUrl | None = Field(
+        None,
+        description="how clients reach this server, such as https://pictures.example or, below a prefix of a "
+        "proxy's, https://pictures.example/darkroom; when not set, taken from the request, without a prefix",
     )
     keys_env: str = Field(
         "DARKROOM_KEYS",

@@ -91,7 +91,7 @@ class _Http:
 
     async def about(self, request: Request) -> Response:
         if pages.is_visit(request.scope):
-            return RedirectResponse(pages.PATH, 307, {"vary": "accept, authorization"})
+            return RedirectResponse(pages.PATH.lstrip("/"), 307, {"vary": "accept, authorization"})
         return answers.Json({"name": "darkroom", "endpoints": sorted(self._gateway.endpoints)})
 
     async def health(self, request: Request) -> Response:

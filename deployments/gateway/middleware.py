@@ -81,12 +81,8 @@ class Addressing:
             query = scope["query_string"].decode("latin-1")
             address = canonical(scope["path"], query, HeaderView(scope=scope))
             path, query_string = address.path, address.query.encode("latin-1", "replace")
-            scope = {
-                **scope,
-                "path": path,
-                "raw_path": path.encode(),
-                "query_string": query_string,
-            }
+            raw = (path == scope["path"] and scope.get("raw_path")) or path.encode()
+            scope = {**scope, "path": path, "raw_path": raw, "query_string": query_string}
         await self._app(scope, receive, send)
 
 

@@ -2,7 +2,7 @@
 
 They hold nothing of anyone, so whoever comes may have them; what they ask the API for needs the key that
 their reader gives them. A page runs only scripts of this server, shows only pictures of this server, and
-lies in no frame.
+lies in no frame. Its addresses are relative, so that a proxy in front may put the server below a prefix.
 """
 
 import hashlib
@@ -55,13 +55,16 @@ def routes(gateway: Gateway) -> list[Route]:
         places = (gateway.settings.public_url, await gateway.files.leads_to())
         return _answer(request, page, status, _headers(filter(None, places)))
 
+    async def shown(request: Request, name: str, status: int = 200) -> Response:
+        return await answer(request, _below(request, pages[name]), status)
+
     async def gallery(request: Request) -> Response:
-        return await answer(request, pages["gallery.html"])
+        return await shown(request, "gallery.html")
 
     async def endpoint(request: Request) -> Response:
         """The page is the same for every endpoint, and says itself where there is none."""
         is_served = request.path_params["endpoint_id"].strip("/") in gateway.endpoints
-        return await answer(request, pages["endpoint.html"], 200 if is_served else 404)
+        return await shown(request, "endpoint.html", 200 if is_served else 404)
 
     async def part(request: Request) -> Response:
         page = pages.get(request.path_params["name"])
@@ -78,9 +81,17 @@ def routes(gateway: Gateway) -> list[Route]:
 
 
 def _read(path: Path) -> _Page:
-    content = path.read_bytes()
-    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    return _Page(content, f"{_TYPES[path.suffix]}; charset=utf-8", etag)
+    return _page(path.read_bytes(), f"{_TYPES[path.suffix]}; charset=utf-8")
+
+
+def _below(request: Request, page: _Page) -> _Page:
+    """The page with its addresses, which begin at the server's root, as they are from where it is shown."""
+    depth = request.scope["raw_path"].count(b"/") - 1  # as the browser counts: %2F is no step down
+    return _page(page.content.replace(b'="/', b'="' + b"../" * depth), page.content_type)
+
+
+def _page(content: bytes, content_type: str) -> _Page:
+    return _Page(content, content_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 def _headers(places: Iterable[str]) -> dict[str, str]:

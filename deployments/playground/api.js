@@ -2,6 +2,10 @@
 
 import * as json from "./json.js";
 
+/** Where the server is, with a slash at the end: there where this script came from, below whatever prefix a proxy
+ * in front has put it. */
+export const SERVER = new URL("../../", import.meta.url);
+
 /** An answer that is an error, in the server's own words. `detail`: text, or a list of faults with `loc` and `msg`. */
 export class Refused extends Error {
   constructor(status, body) {
@@ -13,7 +17,7 @@ export class Refused extends Error {
   }
 }
 
-/** Calls with a key, which `key()` gives, or with none. Raises Refused, and TypeError where there is no connection. */
+/** Calls with a key, which `key()` gives, or with none. Paths are below SERVER. Raises Refused, and TypeError where there is no connection. */
 export class Api {
   constructor(key) {
     this.key = key;
@@ -22,7 +26,7 @@ export class Api {
   async open(path, { method = "GET", body, headers = {}, signal } = {}) {
     const key = this.key();
     const shown = key ? { authorization: `Key ${key}` } : {};
-    const answer = await fetch(path, {
+    const answer = await fetch(new URL(path, SERVER), {
       method,
       body,
       signal,
@@ -52,7 +56,7 @@ export class Api {
     let cursor;
     do {
       const query = new URLSearchParams({ expand: "openapi-3.0", limit: "10", ...(cursor && { cursor }) });
-      const page = await this.call(`/v1/models?${query}`);
+      const page = await this.call(`v1/models?${query}`);
       found.push(...page.models);
       cursor = page.next_cursor;
     } while (cursor);
@@ -62,7 +66,7 @@ export class Api {
   /** Whether calls are taken as they are: with this key, or with none. */
   async opens() {
     try {
-      await this.call("/v1/models/requests?limit=1");
+      await this.call("v1/models/requests?limit=1");
       return true;
     } catch (error) {
       if (error.status === 401) return false;
@@ -73,9 +77,9 @@ export class Api {
   /** Sends a file and gives its address. */
   async upload(file) {
     const content_type = file.type || "application/octet-stream";
-    const begun = await this.post("/rest/storage/upload/initiate", { content_type, file_name: file.name });
-    const { pathname, search } = new URL(begun.upload_url);
-    const sent = await fetch(pathname + search, {
+    const begun = await this.post("rest/storage/upload/initiate", { content_type, file_name: file.name });
+    const [, place] = begun.upload_url.match(/.*\/(files\/.*)/); // by the way that led here
+    const sent = await fetch(new URL(place, SERVER), {
       method: "PUT",
       body: file,
       headers: { "content-type": content_type },

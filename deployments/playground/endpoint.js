@@ -1,6 +1,6 @@
 // The page of one endpoint: which one, its address says; everything else, its OpenAPI document.
 
-import { Api, Refused } from "./api.js";
+import { Api, Refused, SERVER } from "./api.js";
 import { Code } from "./code.js";
 import { element } from "./dom.js";
 import { Form } from "./form.js";
@@ -11,7 +11,7 @@ import { Queue } from "./queue.js";
 import { Run } from "./run.js";
 import { input } from "./schema.js";
 
-const ENDPOINT = location.pathname.replace(/^\/playground\//, "").replace(/\/$/, "");
+const ENDPOINT = location.pathname.slice(`${SERVER.pathname}playground/`.length).replace(/\/$/, "");
 
 const at = (id) => document.getElementById(id);
 
@@ -21,7 +21,7 @@ class Page {
     this.uploads = new Set();
     this.history = new History(localStorage);
     this.example = withoutPictures(spec, example);
-    this.code = new Code(location.origin, ENDPOINT);
+    this.code = new Code(SERVER.href.replace(/\/$/, ""), ENDPOINT);
     this.form = new Form(spec, {
       changed: () => this.code.show(this.form.value()),
       upload: (file) => this.upload(file),
@@ -137,8 +137,8 @@ function withoutPictures(spec, example) {
 async function start() {
   at("id").textContent = ENDPOINT;
   const api = new Api(current);
-  const openapi = await api.call(`/openapi/${ENDPOINT}`);
-  const { models } = await api.call(`/v1/models?${new URLSearchParams({ endpoint_id: ENDPOINT })}`);
+  const openapi = await api.call(`openapi/${ENDPOINT}`);
+  const { models } = await api.call(`v1/models?${new URLSearchParams({ endpoint_id: ENDPOINT })}`);
   introduce(models[0].metadata);
   const page = new Page(api, input(openapi));
   page.show();

@@ -1,12 +1,13 @@
 // The field for each kind of spec.
 
+import { FileField, Picture } from "./files.js";
 import { List, MapField, ObjectField, Union } from "./groups.js";
-import { Picture } from "./pictures.js";
 import { Choice, Json, NumberField, Numbers, Switch, Text } from "./scalars.js";
 
 const KINDS = {
   text: Text,
   picture: Picture,
+  file: FileField,
   integer: NumberField,
   number: NumberField,
   boolean: Switch,

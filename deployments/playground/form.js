@@ -5,7 +5,7 @@ import { make } from "./fields.js";
 
 const PLAIN = 4; // optional fields of one value that stand in front; the others are folded
 const IS_SHOWN = (field) => field.isRequired || field.spec.kind === "picture" || field.spec.isLong;
-const SIMPLE = ["integer", "number", "boolean", "choice", "text"];
+const SIMPLE = ["integer", "number", "boolean", "choice", "text", "file"];
 const IS_SIMPLE = ({ spec }) => SIMPLE.includes(spec.kind) || (spec.kind === "union" && hasChoice(spec));
 const hasChoice = (spec) => spec.options.some((each) => each.kind === "choice");
 

@@ -1,6 +1,6 @@
 // The gallery: a card for each model, as /v1/models tells of it.
 
-import { Api } from "./api.js";
+import { Api, SERVER } from "./api.js";
 import { element, picture } from "./dom.js";
 import { History } from "./history.js";
 import { input } from "./schema.js";
@@ -23,7 +23,7 @@ function card({ endpoint_id: id, metadata, openapi }, last) {
     {},
     element(
       "a",
-      { class: "card", href: `/playground/${id.split("/").map(encodeURIComponent).join("/")}` },
+      { class: "card", href: new URL(`playground/${id.split("/").map(encodeURIComponent).join("/")}`, SERVER) },
       last && element("div", { class: "last" }, picture(last, { alt: "" })),
       element("span", { class: "tag" }, metadata.category),
       element("h2", {}, metadata.display_name),

@@ -2,7 +2,8 @@
 //
 // As the others: `value()` is undefined where nobody has said anything, `fill(value)` shows a value, or the default
 // for undefined, `fault(path, message)` tells what is wrong at a path below and gives the control that it is about,
-// or undefined where it leads to none, `clear()` forgets that. `place.make` makes the fields inside.
+// or undefined where it leads to none, `clear()` forgets that, `rename(name)` is for an item that has become another
+// one of its list. `place.make` makes the fields inside.
 
 import { button, element, newId, words } from "./dom.js";
 import { mark, option } from "./scalars.js";
@@ -18,7 +19,8 @@ class Group {
     this.isSet = false;
     this.faultElement = element("p", { class: "fault" });
     this.body = element("div", { class: "fields" });
-    const legend = element("legend", {}, words(place.name), mark(place));
+    this.title = element("span", {}, words(place.name));
+    const legend = element("legend", {}, this.title, mark(place));
     const description = spec.description && element("p", { class: "description" }, spec.description);
     this.element = element("fieldset", { class: "group" }, legend, description, this.body, this.faultElement);
     this.element.tabIndex = -1; // where the focus goes if the fault is of the whole
@@ -26,6 +28,11 @@ class Group {
 
   inside(name, isRequired = false) {
     return { ...this.place, name, isRequired };
+  }
+
+  rename(name) {
+    this.place.name = name;
+    this.title.textContent = words(name);
   }
 
   told(message) {
@@ -77,12 +84,25 @@ export class List extends Group {
     super(spec, place);
     this.rows = [];
     this.items = element("ol", { class: "items" });
-    this.addButton = button("Add", () => this.added(), {
-      class: "plain",
-      "aria-label": `Add to ${words(place.name)}`,
-    });
+    this.addButton = button("Add", () => this.added(), { class: "plain" });
     this.body.append(this.items, this.addButton);
+    this.rename(place.name);
     this.fill(undefined);
+  }
+
+  rename(name) {
+    super.rename(name);
+    this.addButton.setAttribute("aria-label", `Add to ${words(name)}`);
+    this.number();
+  }
+
+  /** Names the items by their places. */
+  number() {
+    for (const [index, { field, remove }] of this.rows.entries()) {
+      const name = `${this.place.name} ${index + 1}`;
+      field.rename(name);
+      remove.setAttribute("aria-label", `Remove ${words(name)}`);
+    }
   }
 
   value() {
@@ -116,20 +136,16 @@ export class List extends Group {
   }
 
   append() {
-    const name = `${this.place.name} ${this.rows.length + 1}`;
-    const field = this.place.make(this.spec.item, this.inside(name, true));
-    const made = { field };
-    const remove = button("Remove", () => this.removed(made), {
-      class: "quiet",
-      "aria-label": `Remove ${words(name)}`,
-    });
-    made.row = element("li", {}, field.element, remove);
+    const field = this.place.make(this.spec.item, this.inside(this.place.name, true));
+    const remove = button("Remove", () => this.removed(made), { class: "quiet" });
+    const made = { field, remove, row: element("li", {}, field.element, remove) };
     this.rows.push(made);
     this.items.append(made.row);
     return made;
   }
 
   settle() {
+    this.number();
     this.addButton.disabled = this.rows.length >= (this.spec.most ?? Infinity);
     this.clear();
   }
@@ -158,6 +174,11 @@ export class MapField extends Group {
     this.list = new List({ kind: "list", item: pair, description: "" }, place);
     this.list.element.firstChild.hidden = true;
     this.body.append(this.list.element);
+  }
+
+  rename(name) {
+    super.rename(name);
+    this.list.rename(name);
   }
 
   value() {
@@ -198,7 +219,8 @@ export class Union {
     );
     this.faultElement = element("p", { class: "fault", id: `${id}-f` });
     this.inner = element("div", { class: "inner" });
-    const label = element("label", { for: id }, words(place.name), mark(place));
+    this.title = element("span", {}, words(place.name));
+    const label = element("label", { for: id }, this.title, mark(place));
     this.element = element(
       "div",
       { class: "field" },
@@ -209,6 +231,16 @@ export class Union {
       this.faultElement,
     );
     this.fill(undefined);
+  }
+
+  rename(name) {
+    this.place.name = name;
+    this.title.textContent = words(name);
+    this.field?.rename(this.insideName());
+  }
+
+  insideName() {
+    return `${this.place.name}, ${String(this.entry.text).toLowerCase()}`;
   }
 
   unset() {
@@ -248,13 +280,11 @@ export class Union {
 
   show(index) {
     this.select.value = index < 0 ? "" : String(index);
-    const { spec, value, text } = this.entries[index] ?? {};
-    const place = {
-      ...this.place,
-      name: `${this.place.name}, ${String(text).toLowerCase()}`,
-      isRequired: false,
-    };
-    this.field = spec && value === undefined ? this.place.make(spec, place) : undefined;
+    const { spec, value } = this.entries[index] ?? {};
+    this.field =
+      spec && value === undefined
+        ? this.place.make(spec, { ...this.place, name: this.insideName(), isRequired: false })
+        : undefined;
     this.inner.replaceChildren(...(this.field ? [this.field.element] : []));
     this.clear();
   }
@@ -290,6 +320,7 @@ function title(spec) {
     number: "One number",
     picture: "One",
     text: "One",
+    file: "One",
   };
   return titles[spec.kind] ?? words(spec.kind);
 }

@@ -7,7 +7,7 @@ const PAUSES_MS = [500, 1000, 2000, 5000]; // before a broken stream is opened a
 export class Queue {
   constructor(api, endpointId) {
     this.api = api;
-    this.path = `/queue/${endpointId}`;
+    this.path = `queue/${endpointId}`;
   }
 
   /** The receipt. Pictures on their way are asked for. */

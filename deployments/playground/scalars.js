@@ -20,15 +20,13 @@ export class Scalar {
     this.control = control;
     const description = element("p", { class: "description", id: `${this.id}-d` }, this.spec.description);
     this.faultElement = element("p", { class: "fault", id: `${this.id}-f` });
-    this.resetButton = button("Reset", () => this.reset(), {
-      class: "quiet reset",
-      "aria-label": `Reset ${words(this.place.name)}`,
-    });
+    this.resetButton = button("Reset", () => this.reset(), { class: "quiet reset" });
+    this.title = element("span");
     control.id = this.id;
     control.setAttribute("aria-describedby", `${this.id}-d ${this.id}-f`);
     if (this.place.isRequired) control.setAttribute("aria-required", "true");
     control.addEventListener("input", () => this.edited());
-    const label = element("label", { for: this.id }, words(this.place.name), mark(this.place));
+    const label = element("label", { for: this.id }, this.title, mark(this.place));
     const head = element(
       "div",
       { class: "head" },
@@ -37,7 +35,14 @@ export class Scalar {
       this.resetButton,
     );
     this.element = element("div", { class: "field" }, head, control, more, description, this.faultElement);
+    this.rename(this.place.name);
     this.fill(undefined);
+  }
+
+  rename(name) {
+    this.place.name = name;
+    this.title.textContent = words(name);
+    this.resetButton.setAttribute("aria-label", `Reset ${words(name)}`);
   }
 
   hint() {
@@ -122,14 +127,17 @@ export class NumberField extends Scalar {
     row.append(...[this.slider, control].filter(Boolean));
   }
 
+  rename(name) {
+    super.rename(name);
+    this.slider?.setAttribute("aria-label", `${words(name)}, slider`);
+  }
+
   sliderOf(spec) {
-    const label = `${words(this.place.name)}, slider`;
     const slider = element("input", {
       type: "range",
       min: spec.min,
       max: spec.max,
       step: stepOf(spec),
-      "aria-label": label,
     });
     slider.addEventListener("input", () => {
       this.control.value = slider.value;

@@ -1,8 +1,9 @@
 // What an endpoint takes, read from its OpenAPI document into specs, which fields are made from.
 //
 // A spec has a `kind`, a `description`, a `default` and what its kind needs:
-//   text       isLong; asset, if it names a file: lora …
+//   text       isLong
 //   picture    text that names a picture
+//   file       text that names another file: a LoRA …
 //   integer, number    min, max: NaN where there is none; isOpen: min itself is too small
 //   boolean
 //   choice     values
@@ -31,6 +32,7 @@ export function fits(spec, value) {
       return spec.values.includes(value);
     case "text":
     case "picture":
+    case "file":
       return typeof value === "string";
     case "integer":
     case "number":
@@ -105,8 +107,8 @@ function listOf(item, most) {
 }
 
 function textOf(schema) {
-  if (schema[ASSET] === "image") return { kind: "picture" };
-  return { kind: "text", isLong: schema.maxLength > LONG, asset: schema[ASSET] };
+  if (schema[ASSET]) return { kind: schema[ASSET] === "image" ? "picture" : "file" };
+  return { kind: "text", isLong: schema.maxLength > LONG };
 }
 
 function objectOf(schema, document) {

@@ -10,16 +10,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from deployments.gateway import openapi, pages, validation
 from deployments.gateway.descriptions import type_name
 from pipelines import registry
 from schemas.errors import FieldError, InputError
-from schemas.jobs import JobResult, Logged, Previewed
+from schemas.jobs import Job, JobResult, Logged, Previewed
 from tests.clients.inputs import ALICE, ENDPOINT, drawing, encoded, log
 from tests.support import values
-from tests.support.gateway import gateway_at_work
+from tests.support.gateway import gateway_at_work, listening
+from tests.support.prefixes import Prefixed
 from tests.support.server import Server
 
 SHOWN = os.environ.get("DARKROOM_SCREENSHOTS", "")  # a folder that pictures of the pages are left in
@@ -209,6 +211,22 @@ async def test_a_form_says_what_it_was_filled_with(node_packages: Path, tmp_path
             validation.read(kind, json.loads(text))
 
 
+async def test_items_have_the_numbers_of_their_places_and_their_own_faults(
+    node_packages: Path, tmp_path: Path
+) -> None:
+    """Of three the second goes, one is added, the first goes; what is left then is given a file."""
+    async with gateway_at_work(tmp_path) as place:
+        told = await tell(node_packages, "items.mjs", place.url)
+        async with httpx.AsyncClient() as http:
+            sent = (await http.get(told["uploaded"])).content
+    assert told["invalid"] == {"item": "Loras 2 *", "path": "three", "field": "Scale"}
+    assert told["fault"] == "Input should be less than or equal to 4"
+    assert told["items"] == ["Loras 1 *", "Loras 2 *", "Loras 3 *"]
+    assert told["buttons"] == ["Remove Loras 1", "Remove Loras 2", "Remove Loras 3"]
+    assert told["left"] == "three"
+    assert sent == b"weights" and told["uploaded"].endswith("stripes.safetensors")
+
+
 def same(value: Any) -> Any:
     """The same for numbers that JSON does not tell apart, and another one for true and 1."""
     if isinstance(value, dict):
@@ -291,6 +309,38 @@ async def test_the_history_is_bounded_and_does_without_storage(node_packages: Pa
     assert "picture" not in other
     assert told["seed"] == str(2**63 - 1)
     assert told["cleared"] == ["2"]
+
+
+# --- behind a proxy ---
+
+
+async def test_below_a_prefix_of_a_proxy_s_a_page_finds_all_that_it_needs(
+    node_packages: Path, tmp_path: Path
+) -> None:
+    """Its parts, the API, uploads and pictures; nothing is asked for beside the prefix."""
+    start = tmp_path / "start.png"
+    start.write_bytes(encoded(drawing()))
+    proxy = Prefixed("/pictures/darkroom")
+    async with listening(proxy.app) as origin:
+        url = f"{origin}{proxy.prefix}"
+        async with gateway_at_work(tmp_path, public_url=f"{url}/") as place:
+            proxy.server = place.url
+            key, outcome = await place.files.save(start.read_bytes(), "image/png"), place.model.outcome
+
+            def drawn(job: Job) -> JobResult:
+                output = outcome(job).output() | {"images": [{"url": place.files.url(key, job.base_url)}]}
+                return JobResult.success(output, 0.5)
+
+            place.model.outcome = drawn
+            place.model.open.set()
+            told = await tell(node_packages, "prefixed.mjs", url, str(start))
+    assert [each for each in proxy.strays if each != "/favicon.ico"] == []
+    assert told["gallery"] == told["back"] == f"{url}/playground"
+    assert told["page"] == f"{url}/playground/{ENDPOINT}"
+    assert f'B = "{url}"\n' in told["code"]
+    assert told["picture"] == told["remade"] == f"{url}/files/{key}"
+    assert told["uploaded"].startswith(f"{url}/files/")
+    assert [each for each in told["complaints"] if "Failed to load resource" not in each] == []
 
 
 # --- hostile words ---

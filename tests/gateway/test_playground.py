@@ -104,11 +104,29 @@ async def test_what_is_not_there_is_a_404(stranger: httpx.AsyncClient) -> None:
         assert (await stranger.get(path)).status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "up"),
+    [
+        ("/playground", ""),
+        ("/playground/", "../"),
+        (f"/playground/{ENDPOINT}", "../../../"),
+        ("/playground/fal-ai%2Fnope", "../"),  # one step for a browser
+    ],
+)
+async def test_a_page_s_addresses_lead_there_from_where_it_is(
+    path: str, up: str, stranger: httpx.AsyncClient
+) -> None:
+    """Without a word of the server's root, which a proxy may have put below a prefix."""
+    places = re.findall(r'(?:src|href)="([^"#]+)"', (await stranger.get(path)).text)
+    assert f"{up}playground/static/playground.css" in places
+    assert [each for each in places if not re.match(rf"{re.escape(up)}(playground|v1/)", each)] == []
+
+
 async def test_the_front_door_leads_a_browser_there_and_a_program_nowhere(
     alice: httpx.AsyncClient, stranger: httpx.AsyncClient
 ) -> None:
     led = await stranger.get("/", headers=HTML)
-    assert (led.status_code, led.headers["location"]) == (307, "/playground")
+    assert (led.status_code, led.headers["location"]) == (307, "playground")
     assert (await stranger.get("/")).status_code == 401
     assert (await stranger.post("/", headers=HTML)).status_code == 401
     assert ENDPOINT in (await alice.get("/", headers=HTML)).json()["endpoints"]
@@ -194,6 +212,10 @@ async def test_a_document_says_which_fields_take_files(stranger: httpx.AsyncClie
     assert schemas["ImageFillInput"]["properties"]["fill_image_url"]["x-darkroom-asset"] == "image"
     assert schemas["ControlNet"]["properties"]["path"]["x-darkroom-asset"] == "controlnet"
     assert "x-darkroom-asset" not in fields["prompt"]
+    universal = (await stranger.get("/openapi/fal-ai/lora/image-to-image")).json()["components"]["schemas"]
+    adapter = universal["IPAdapter"]["properties"]
+    assert adapter["path"]["x-darkroom-asset"] == "ip_adapter"
+    assert "x-darkroom-asset" not in adapter["insight_face_model_path"]  # a folder of the server's
     assert found["info"]["x-fal-metadata"]["playgroundUrl"].endswith(
         "/playground/fal-ai/flux-general/rf-inversion"
     )

@@ -12,7 +12,7 @@ _HERE = re.compile(r"<<-?'?(\w+)'?")
 
 # What is not run, and why. Everything else is. The expressions are matched from the start of a command.
 NOT_RUN = (
-    (r"make demo", "installs; its parts are tests/clients and the pictures of pipelines/zoo"),
+    (r"make demo", "installs; what it runs then: tests/serve/test_demo.py"),
     (r"make (test|check|bench)\b", "this is a part of the first; the others are run beside it"),
     (r"git clone|git checkout", "there is no repository to take it from, and this one stays as it is"),
     (r"\. \.venv/bin/activate", "the tests run in it"),
@@ -22,7 +22,7 @@ NOT_RUN = (
     (r"darkroom exec .* -- npm run dev", "tests/clients/test_connect.py has a web application of its own"),
     (
         r"darkroom exec -- python examples/train_lora\.py",
-        "minutes: tests/unit/pipelines/test_zoo_flux_world.py",
+        "minutes: tests/serve/test_demo.py, with a fifth of the steps",
     ),
     (r"export FAL_RUN_HOST", "wants a certificate of that name: tests/clients/test_connect.py"),
     (r"FAL_KEY=ID:SECRET python app\.py", "would call fal; the app is run under `darkroom exec`"),

@@ -65,7 +65,7 @@ async def gateway_at_work(
     throttle, ticks = Throttle(front.bad_keys_per_minute), count(0, LOOK_S).__next__
     known = Keys(parse(keys), table=table, throttle=throttle, ticks=ticks)
     app = http.build(gateway, known, _always, lambda: {"keys": []})
-    async with _listening(app) as url:
+    async with listening(app) as url:
         yield Place(url, gateway, files, queue, model, table, audit, app)
     await dispatcher.close()
     for each in (queue, table, audit):
@@ -100,7 +100,8 @@ async def _drawing(files: FileStore) -> Any:
 
 
 @asynccontextmanager
-async def _listening(app: Any) -> AsyncIterator[str]:
+async def listening(app: Any) -> AsyncIterator[str]:
+    """The URL of an application, on a port of this machine, until the end of the block."""
     config = uvicorn.Config(app, lifespan="off", log_config=None, ws="websockets-sansio", proxy_headers=False)
     server = uvicorn.Server(config)
     # Of a socket that does not say TCP asyncio sends no small answers at once: 40 ms each.

@@ -227,13 +227,13 @@ async function nested(page) {
   await page.getByRole("button", { name: "Add to Loras", exact: true }).click();
   await page.getByRole("button", { name: "Add to Loras", exact: true }).click();
   await page.getByRole("button", { name: "Remove Loras 1" }).click();
-  await page.getByRole("group", { name: "Loras 2" }).getByLabel("Scale").selectOption("By name");
+  await page.getByRole("group", { name: "Loras 1" }).getByLabel("Scale").selectOption("By name");
   await page.getByRole("button", { name: "Add to Scale, by name" }).click();
   await page
-    .getByRole("group", { name: "Loras 2" })
+    .getByRole("group", { name: "Loras 1" })
     .getByRole("textbox", { name: "Name" })
     .fill("double_blocks.0");
-  await page.getByRole("group", { name: "Loras 2" }).getByRole("textbox", { name: "Value" }).fill("7");
+  await page.getByRole("group", { name: "Loras 1" }).getByRole("textbox", { name: "Value" }).fill("7");
   await page.getByRole("button", { name: "Run", exact: true }).click();
   await page.locator("[aria-invalid]").first().waitFor();
   const invalid = await page

@@ -4,13 +4,11 @@
 """
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from examples import train_lora
 from pipelines import zoo
 from pipelines.zoo import judges, world
 from tests.support import flux_world
@@ -101,17 +99,3 @@ def test_redux_moves_the_picture_toward_its_image() -> None:
     seen = judges.agreement(alike, wanted)
     assert seen["background"] >= 0.75
     assert seen["colour"] >= 0.6
-
-
-def test_a_lora_is_trained_on_twenty_pictures_and_loads(tmp_path: Path) -> None:
-    """The example, for a few of its steps: whoever takes them all sees stripes."""
-    file = train_lora.train(tmp_path / "stripes.safetensors", steps=4)
-    wanted, starts = asked(2, seed=12), scenes(2, seed=12)
-    plain, styled = (
-        flux_world.remade(
-            prompts(wanted), starts, 7000, file, strength=1, loras=[{"path": "style", "scale": scale}]
-        )
-        for scale in (0, 1)
-    )
-
-    assert np.mean(distances(plain, styled)) > 0.1

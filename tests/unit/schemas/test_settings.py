@@ -66,3 +66,14 @@ def test_settings_are_frozen() -> None:
 def test_paths_in_urls_expand_the_home() -> None:
     assert local_path("file://~/x", "file") == Path.home() / "x"
     assert local_path("s3://bucket", "file") is None
+
+
+@pytest.mark.parametrize("given", ["https://your.app/darkroom", "https://your.app/darkroom/"])
+def test_a_public_url_may_lie_below_a_prefix_with_or_without_a_slash_at_its_end(given: str) -> None:
+    assert FrontSettings(public_url=given).public_url == "https://your.app/darkroom"
+
+
+@pytest.mark.parametrize("given", ["your.app", "//your.app", "ftp://your.app", "https://", "http://x/?a=b"])
+def test_a_public_url_that_nothing_can_be_added_to_is_refused(given: str) -> None:
+    with pytest.raises(ValidationError, match="public_url"):
+        FrontSettings(public_url=given)

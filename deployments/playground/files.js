@@ -1,31 +1,30 @@
-// A field for a picture: an address, or a file that is chosen, dropped or pasted, which is uploaded.
+// Fields for files: an address, or a file that is chosen, dropped or pasted, which is uploaded.
 
+import { SERVER } from "./api.js";
 import { address, button, element, picture, words } from "./dom.js";
 import { Scalar } from "./scalars.js";
 
-export class Picture extends Scalar {
-  constructor(spec, place) {
+/** A file of weights, or of whatever else the server reads; a name of the server's or of a hub's does as well. */
+export class FileField extends Scalar {
+  constructor(spec, place, accept = "") {
     super(spec, place);
-    const control = element("input", {
-      type: "text",
-      inputmode: "url",
-      autocomplete: "off",
-      placeholder: "https://…",
-    });
-    this.chooser = element("input", { type: "file", accept: "image/*", hidden: true, tabindex: "-1" });
+    const control = element("input", { type: "text", autocomplete: "off", spellcheck: "false" });
+    this.chooser = element("input", { type: "file", accept, hidden: true, tabindex: "-1" });
     this.chooser.addEventListener("change", () => this.take(this.chooser.files[0]));
-    this.preview = element("div", { class: "thumb" });
     this.state = element("span", { class: "hint", role: "status" });
     this.uploads = 0;
+    this.choose = button("Choose a file", () => this.chooser.click(), { class: "plain" });
     this.build(control);
-    const choose = button("Choose a file", () => this.chooser.click(), {
-      class: "plain",
-      "aria-label": `Choose a file for ${words(place.name)}`,
-    });
-    const side = element("div", { class: "drop-side" });
-    control.before(element("div", { class: "drop" }, this.preview, side));
-    side.append(control, element("div", { class: "row" }, choose, this.chooser, this.state));
+    this.drop = element("div", { class: "drop" });
+    control.before(this.drop);
+    const row = element("div", { class: "row" }, this.choose, this.chooser, this.state);
+    this.drop.append(element("div", { class: "drop-side" }, control, row));
     this.listen();
+  }
+
+  rename(name) {
+    super.rename(name);
+    this.choose.setAttribute("aria-label", `Choose a file for ${words(name)}`);
   }
 
   listen() {
@@ -82,12 +81,23 @@ export class Picture extends Scalar {
     this.uploads++;
     this.state.textContent = "";
     this.control.value = value ?? "";
+    this.control.placeholder = this.spec.default ?? "https://…";
+  }
+}
+
+/** A picture, which is shown. */
+export class Picture extends FileField {
+  constructor(spec, place) {
+    super(spec, place, "image/*");
+    this.preview = element("div", { class: "thumb" });
+    this.drop.prepend(this.preview);
+    this.control.inputMode = "url";
   }
 
   settle() {
     super.settle();
     const shown = isNear(this.control.value) ? [picture(this.control.value.trim(), { alt: "" })] : [];
-    this.preview.replaceChildren(...shown);
+    this.preview?.replaceChildren(...shown); // there is none yet while the field is made
   }
 }
 
@@ -95,6 +105,5 @@ export class Picture extends Scalar {
 function isNear(text) {
   const url = address(text.trim());
   if (url === undefined || url.startsWith("data:")) return url !== undefined;
-  const { origin, pathname } = new URL(url);
-  return origin === location.origin && pathname.startsWith("/files/");
+  return url.startsWith(`${SERVER}files/`);
 }
