@@ -26,7 +26,6 @@ NOT_RUN = (
     ),
     (r"export FAL_RUN_HOST", "wants a certificate of that name: tests/clients/test_connect.py"),
     (r"FAL_KEY=ID:SECRET python app\.py", "would call fal; the app is run under `darkroom exec`"),
-    (r"darkroom plan", "seconds of CPU: tests/unit/deployments/test_plan.py"),
     (r"darkroom zoo build", "hours: tests/unit/pipelines/test_zoo_training.py"),
     (r"darkroom manifests", "writes into cluster/: tests/unit/deployments/test_manifests.py"),
     (r"(darkroom run|curl \S+/run/)\S*\s?acme/", "tests/unit/deployments/test_added_endpoint.py, in a copy"),
