@@ -6,7 +6,7 @@
 // one of its list. `place.make` makes the fields inside.
 
 import { button, element, newId, words } from "./dom.js";
-import { mark, option } from "./scalars.js";
+import { counted, mark, option } from "./scalars.js";
 import { fits } from "./schema.js";
 
 const EMPTY = { object: () => ({}), map: () => ({}), list: () => [], numbers: () => [] };
@@ -85,7 +85,8 @@ export class List extends Group {
     this.rows = [];
     this.items = element("ol", { class: "items" });
     this.addButton = button("Add", () => this.added(), { class: "plain" });
-    this.body.append(this.items, this.addButton);
+    const most = spec.most && element("span", { class: "hint" }, `up to ${counted(spec.most)}`);
+    this.body.append(this.items, element("div", { class: "row" }, this.addButton, most));
     this.rename(place.name);
     this.fill(undefined);
   }

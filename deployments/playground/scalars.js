@@ -104,6 +104,10 @@ export class Text extends Scalar {
     );
   }
 
+  hint() {
+    return this.spec.most ? `up to ${counted(this.spec.most)} characters` : "";
+  }
+
   read() {
     return this.control.value;
   }
@@ -150,6 +154,7 @@ export class NumberField extends Scalar {
     const { min, max, isOpen } = this.spec;
     if (isSmall(min) && isSmall(max)) return `${isOpen ? "above " : ""}${min} – ${max}`;
     if (isSmall(min)) return isOpen ? `above ${min}` : `from ${min}`;
+    if (isSmall(max)) return `up to ${max}`;
     return this.spec.kind === "integer" ? "a whole number" : "";
   }
 
@@ -194,7 +199,8 @@ export class Numbers extends Scalar {
   }
 
   hint() {
-    return "numbers between commas";
+    const numbers = "numbers between commas";
+    return this.spec.most ? `${numbers}, up to ${counted(this.spec.most)}` : numbers;
   }
 
   read() {
@@ -252,6 +258,8 @@ export class Choice extends Scalar {
     this.control.value = index < 0 ? "" : String(index);
   }
 }
+
+export const counted = (number) => number.toLocaleString("en");
 
 /** Says that a value is needed. */
 export function mark({ isRequired }) {

@@ -1,7 +1,7 @@
 // What an endpoint takes, read from its OpenAPI document into specs, which fields are made from.
 //
 // A spec has a `kind`, a `description`, a `default` and what its kind needs:
-//   text       isLong
+//   text       isLong, most: characters
 //   picture    text that names a picture
 //   file       text that names another file: a LoRA …
 //   integer, number    min, max: NaN where there is none; isOpen: min itself is too small
@@ -108,7 +108,7 @@ function listOf(item, most) {
 
 function textOf(schema) {
   if (schema[ASSET]) return { kind: schema[ASSET] === "image" ? "picture" : "file" };
-  return { kind: "text", isLong: schema.maxLength > LONG };
+  return { kind: "text", isLong: schema.maxLength > LONG, most: schema.maxLength };
 }
 
 function objectOf(schema, document) {

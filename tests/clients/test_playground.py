@@ -219,6 +219,8 @@ async def test_items_have_the_numbers_of_their_places_and_their_own_faults(
         told = await tell(node_packages, "items.mjs", place.url)
         async with httpx.AsyncClient() as http:
             sent = (await http.get(told["uploaded"])).content
+    bounds = {"Prompt *": "up to 32,768 characters", "Strength": "0.01 – 1", "Loras": "up to 32"}
+    assert told["hints"].items() >= bounds.items()
     assert told["invalid"] == {"item": "Loras 2 *", "path": "three", "field": "Scale"}
     assert told["fault"] == "Input should be less than or equal to 4"
     assert told["items"] == ["Loras 1 *", "Loras 2 *", "Loras 3 *"]

@@ -10,6 +10,12 @@ await telling(async (open) => {
   const button = (name) => page.getByRole("button", { name, exact: true });
   await page.getByRole("textbox", { name: "Image url" }).fill("https://pictures.example/start.png");
   await page.getByText("More settings").click();
+  const hints = await page.locator(".field > .head, .group > .fields > .row").evaluateAll((all) =>
+    all.map((each) => [
+      each.closest(".field, .group").querySelector("label, legend").textContent,
+      each.querySelector(".hint")?.textContent,
+    ]),
+  );
   for (const [index, path] of ["one", "two", "three"].entries()) {
     await button("Add to Loras").click();
     await item(index + 1).getByRole("textbox", { name: "Path" }).fill(path);
@@ -19,6 +25,7 @@ await telling(async (open) => {
   await button("Run").click();
   await page.locator("[aria-invalid]").waitFor();
   const told = {
+    hints: Object.fromEntries(hints),
     invalid: await page.locator("[aria-invalid]").evaluate((each) => {
       const item = each.closest("fieldset");
       return {
