@@ -12,9 +12,10 @@ import numpy as np
 from benchmarks.measure import Row, arguments, header, show
 from pipelines import zoo
 from pipelines.zoo import judges, world
+from pipelines.zoo.training.controlnet import edges
 from pipelines.zoo.world import Pixels
 from tests.support import flux_world, sd_world
-from tests.support.world import asked, distances, prompts, scene, scenes
+from tests.support.world import asked, distances, edge_iou, prompts, scene, scenes
 
 SEEDS, FEW = 200, 48
 WANTED = {"background": 0.95, "colour": 0.90, "position": 0.75, "shape": 0.75}
@@ -83,27 +84,44 @@ def by_strength() -> Iterator[Row]:
 
 
 def adapters() -> Iterator[Row]:
-    for style in world.STYLES[1:]:
-        if f"flux-world-{style}" in zoo.trained():
-            yield {"": f"FLUX, LoRA {style}: share of it at 1; at 0", **pair(style_shares(style))}
+    for family, draw in STYLED.items():
+        for style in world.STYLES[1:]:
+            if f"{family}-world-{style}" in zoo.trained():
+                yield {"": f"{family}, LoRA {style}: share of it at 1; at 0", **pair(shares(draw, style))}
     yield {"": "FLUX, rf-inversion: the new colour; the old shape", **pair(inversion())}
-    if "sdxl-world-canny" in zoo.trained():
-        yield {"": "SDXL, canny: edge IoU at 1; at 0", **pair(edge_ious())}
+    yield {"": "FLUX, reference at 0.65; at 0: agreement with it, of 4", **pair(reference())}
+    for name, follow in FOLLOWERS.items():
+        if f"{name}-world-canny" in zoo.trained():
+            yield {"": f"{name}, canny: edge IoU at 1; at 0", **pair(edge_ious(follow))}
 
 
 def pair(values: Sequence[float]) -> Row:
     return dict(zip(("this", "beside"), values, strict=True))
 
 
-def style_shares(style: str) -> list[float]:
+def flux_styled(prompts: Sequence[str], seed: int, style: str, scale: float) -> list[Pixels]:
     lora = zoo.locate(f"flux-world-{style}") / f"flux-world-{style}.safetensors"
-    wanted, starts = asked(FEW, seed=60_000), scenes(FEW, seed=60_000)
-    shares = []
-    for scale in (1, 0):
-        named = {"strength": 1, "loras": [{"path": "style", "scale": scale}]}
-        made = flux_world.remade(prompts(wanted), starts, 70_000, lora, **named)
-        shares.append(float(np.mean([judges.look(each).style == style for each in made])))
-    return shares
+    named = {"strength": 1, "loras": [{"path": "style", "scale": scale}]}
+    return flux_world.remade(prompts, scenes(len(prompts), seed=60_000), seed, lora, **named)
+
+
+STYLED: Mapping[str, Draw] = {
+    "flux": flux_styled,
+    "sd15": partial(sd_world.styled, "sd15"),
+    "sdxl": partial(sd_world.styled, "sdxl"),
+}
+
+
+def shares(draw: Draw, style: str) -> list[float]:
+    wanted = asked(FEW, seed=60_000)
+    return [
+        float(
+            np.mean(
+                [judges.look(each).style == style for each in draw(prompts(wanted), 70_000, style, scale)]
+            )
+        )
+        for scale in (1, 0)
+    ]
 
 
 def inversion() -> list[float]:
@@ -116,15 +134,37 @@ def inversion() -> list[float]:
     return [seen["colour"], seen["shape"]]
 
 
-def edge_ious() -> list[float]:
+def reference() -> list[float]:
+    wanted = asked(FEW, seed=130_000)
+    likes = [world.draw(scene(each, seed)) for seed, each in enumerate(wanted)]
+    sums = []
+    for strength in (0.65, 0):
+        named = {"reference_image_url": "like", "reference_strength": strength}
+        made = flux_world.shown("a shape", likes, 140_000, **named)
+        sums.append(sum(judges.agreement(made, wanted).values()))
+    return sums
+
+
+def along_edges(prompts: Sequence[str], pictures: Sequence[Pixels], seed: int, scale: float) -> list[Pixels]:
+    return sd_world.along_edges(prompts, pictures, seed, controlnet_conditioning_scale=scale)
+
+
+def along(draw: Draw) -> Draw:
+    """What reads edge maps, for pictures."""
+    return lambda prompts, pictures, *more: draw(prompts, [*edges(np.stack(pictures))], *more)
+
+
+FOLLOWERS: Mapping[str, Draw] = {
+    "flux": along(flux_world.sketched),
+    "sd15": along(sd_world.sketched),
+    "sdxl": along_edges,
+}
+
+
+def edge_ious(follow: Draw) -> list[float]:
     wanted, pictures = asked(FEW, seed=100_000), scenes(FEW, seed=110_000)
     said = [f"a {each['colour']} shape on a {each['background']} background" for each in wanted]
-    found = []
-    for scale in (1, 0):
-        made = sd_world.along_edges(said, pictures, 120_000, controlnet_conditioning_scale=scale)
-        ious = [judges.edge_iou(one, other) for one, other in zip(made, pictures, strict=True)]
-        found.append(float(np.mean(ious)))
-    return found
+    return [edge_iou(follow(said, pictures, 120_000, scale), pictures) for scale in (1, 0)]
 
 
 if __name__ == "__main__":

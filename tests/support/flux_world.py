@@ -5,10 +5,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from pipelines import zoo
 from pipelines.flux import flux_dev, flux_general_rf_inversion, flux_lora_image_to_image
 from pipelines.flux.model import FluxModel
-from pipelines.zoo.world import COLOURS, Pixels
+from pipelines.zoo.world import COLOURS, SIDE_PX, Pixels
 from schemas.endpoints import flux_dev as dev
 from schemas.endpoints import flux_general_rf_inversion as inversion
 from schemas.endpoints import flux_lora_image_to_image as remake
@@ -16,6 +18,12 @@ from schemas.settings import ModelSettings
 from tests.support.world import SIZE, START, draw, folder, started
 
 STEPS = 16
+# An inversion of a blank picture under these fields draws from the seed and the prompt alone.
+_FORGOTTEN: dict[str, Any] = {
+    "reverse_guidance_end": 1,
+    "controller_guidance_reverse": 0.01,
+    "controller_guidance_forward": 1.0,
+}
 
 
 @cache
@@ -49,16 +57,36 @@ def remade(
     return draw(flux_lora_image_to_image.Pipeline(model()), wishes, *files)
 
 
-def inverted(
-    prompts: Sequence[str], starts: Sequence[Pixels], seed: int, files: Any = None, **fields: Any
-) -> list[Pixels]:
-    """Edited by inversion; `files` are what `fields` name besides the start."""
+def inverted(prompts: Sequence[str], starts: Sequence[Pixels], seed: int, **fields: Any) -> list[Pixels]:
+    """Edited by inversion."""
+    return _edited(prompts, started(starts), seed, fields)
+
+
+def shown(prompt: str, pictures: Sequence[Pixels], seed: int, **fields: Any) -> list[Pixels]:
+    """From a prompt and pictures, which `fields` name "like"; the start is blank and forgotten."""
+    files = [_blank() | {"like": Image.fromarray(each)} for each in pictures]
+    return _edited([prompt] * len(files), files, seed, _FORGOTTEN | fields)
+
+
+def sketched(prompts: Sequence[str], edges: Sequence[Pixels], seed: int, scale: float) -> list[Pixels]:
+    """By the ControlNet, along edge maps; the start is blank and forgotten."""
+    net = {"path": "net", "control_image_url": "edges", "conditioning_scale": scale}
+    file = folder("flux-world-canny") / "diffusion_pytorch_model.safetensors"
+    files = [_blank() | {"net": file, "edges": Image.fromarray(each)} for each in edges]
+    return _edited(prompts, files, seed, _FORGOTTEN | {"controlnets": [net]})
+
+
+def _edited(prompts: Sequence[str], files: Sequence[Any], seed: int, fields: Any) -> list[Pixels]:
     known = {"image_url": START, "num_inference_steps": STEPS}
     wishes = [
         inversion.Input.model_validate(known | fields | {"prompt": prompt, "seed": seed + number})
         for number, prompt in enumerate(prompts)
     ]
-    return draw(flux_general_rf_inversion.Pipeline(model()), wishes, *started(starts, **(files or {})))
+    return draw(flux_general_rf_inversion.Pipeline(model()), wishes, *files)
+
+
+def _blank() -> dict[str, Any]:
+    return {START: Image.new("RGB", (SIDE_PX, SIDE_PX), "gray")}
 
 
 def recoloured(asked: Sequence[dict[str, str]]) -> list[dict[str, str]]:

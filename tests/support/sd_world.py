@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.sd import fast_sdxl_controlnet_canny_image_to_image, lora_image_to_image
 from pipelines.sd.model import SdModel
+from pipelines.zoo.training.inversion import TOKEN
 from pipelines.zoo.world import SIDE_PX, Pixels
 from schemas.endpoints import fast_sdxl_controlnet_canny_image_to_image as canny
 from schemas.endpoints import lora_image_to_image as universal
@@ -44,6 +45,19 @@ def remade(
     ]
     named = started(starts, **{kind: folder(f"{kind}-world")}, **(files or {}))
     return draw(lora_image_to_image.Pipeline(model(kind)), wishes, *named)
+
+
+def styled(kind: Kind, prompts: Sequence[str], seed: int, style: str, scale: float) -> list[Pixels]:
+    """From text alone, with the style's LoRA."""
+    name = f"{kind}-world-{style}"
+    files = {"style": folder(name) / f"{name}.safetensors"}
+    return drawn(kind, prompts, seed, files, loras=[{"path": "style", "scale": scale}])
+
+
+def worded(prompts: Sequence[str], seed: int) -> list[Pixels]:
+    """By SD 1.5 from text with the word of the textual inversion."""
+    files = {"word": folder("sd15-world-word") / "embedding.safetensors"}
+    return drawn("sd15", prompts, seed, files, embeddings=[{"path": "word", "tokens": [TOKEN]}])
 
 
 def like(prompts: Sequence[str], pictures: Sequence[Pixels], seed: int, scale: float) -> list[Pixels]:

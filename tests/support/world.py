@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipelines import zoo
 from pipelines.engine.engine import Engine
-from pipelines.zoo import world
+from pipelines.zoo import judges, world
 from pipelines.zoo.world import Pixels
 from schemas.fields import EndpointInput
 from tests.support.assets import given
@@ -66,6 +66,12 @@ def draw(pipeline: Any, wishes: Sequence[EndpointInput], *files: Mapping[str, An
 def started(pictures: Iterable[Pixels], **more: Any) -> list[dict[str, Any]]:
     """Files for `draw`: each picture as START, and what else all requests name."""
     return [{START: Image.fromarray(each)} | more for each in pictures]
+
+
+def edge_iou(pictures: Sequence[Pixels], others: Sequence[Pixels]) -> float:
+    """How far the outlines of the pairs agree on average, 0 … 1."""
+    ious = [judges.edge_iou(one, other) for one, other in zip(pictures, others, strict=True)]
+    return float(np.mean(ious))
 
 
 def distances(pictures: Sequence[Pixels], others: Sequence[Pixels]) -> list[float]:

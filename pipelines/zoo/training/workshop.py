@@ -33,6 +33,8 @@ STEPS = {
     "sd15": 1200,
     "sdxl": 4000,
     "lora": 400,
+    "sd-outline": 900,
+    "sd-stripes": 500,
     "canny": 900,
     "checker": 500,
     "redux": 250,
@@ -43,6 +45,7 @@ STEPS = {
 
 
 _FEW = 400  # scenes, for what is learned beside a trained model
+_SLOW = 0.006  # the rate of UNets' LoRAs: at the transformer's the loss goes up and down
 
 
 class Workshop:
@@ -97,7 +100,7 @@ class Workshop:
         unet = _copy(self.sd15_unet if kind == "sd15" else self.sdxl_unet)
         lesson = cache(partial(self._sd_lesson, kind, style, _FEW))
         loss = stable_diffusion.loss_of(unet, lesson, count=24)
-        return lora.train(f"{kind}-{style}", unet, loss, STEPS["lora"], *self._where)
+        return lora.train(f"{kind}-{style}", unet, loss, STEPS[f"sd-{style}"], *self._where, rate=_SLOW)
 
     def flux_canny(self) -> Any:
         lesson = cache(partial(self._flux_lesson, count=_FEW))

@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipelines import zoo
 from pipelines.zoo import judges, world
+from pipelines.zoo.training import controlnet
 from tests.support import flux_world
-from tests.support.world import asked, distances, prompts, scene, scenes
+from tests.support.world import asked, distances, edge_iou, prompts, scene, scenes
 
 
 # Prompts are padded to so many tokens; how many pictures there are, and the least shares of them that agree:
@@ -82,16 +82,8 @@ def test_an_inversion_changes_the_attribute_named_and_keeps_the_rest() -> None:
 def test_redux_moves_the_picture_toward_its_image() -> None:
     wanted = asked(12, seed=11)
     likes = [world.draw(scene(each, seed)) for seed, each in enumerate(wanted)]
-    blank = np.full_like(likes[0], 128)
-    forgotten = {"reverse_guidance_end": 1, "controller_guidance_reverse": 0.01}
-    forgotten |= {"controller_guidance_forward": 1.0}
     free, alike = (
-        [
-            flux_world.inverted(
-                ["a shape"], [blank], 6000 + seed, {"like": Image.fromarray(like)}, **forgotten, **more
-            )[0]
-            for seed, like in enumerate(likes)
-        ]
+        flux_world.shown("a shape", likes, 6000, **more)
         for more in ({}, {"fill_image": {"fill_image_url": "like"}})
     )
 
@@ -99,3 +91,29 @@ def test_redux_moves_the_picture_toward_its_image() -> None:
     seen = judges.agreement(alike, wanted)
     assert seen["background"] >= 0.75
     assert seen["colour"] >= 0.6
+
+
+def test_a_reference_moves_the_picture_toward_itself() -> None:
+    wanted = asked(8, seed=13)
+    likes = [world.draw(scene(each, seed)) for seed, each in enumerate(wanted)]
+    far, right = [], []
+    for strength in (0, 0.65, 2):
+        made = flux_world.shown(
+            "a shape", likes, 8000, reference_image_url="like", reference_strength=strength
+        )
+        far.append(float(np.mean(distances(made, likes))))
+        right.append(judges.agreement(made, wanted))
+
+    assert far[1] < far[0] / 2
+    assert far[2] < far[1]
+    assert right[1]["position"] >= 0.75
+    assert right[2]["colour"] >= 0.75
+
+
+def test_the_controlnet_follows_edges() -> None:
+    wanted, pictures = asked(12, seed=14), scenes(12, seed=15)
+    said = [f"a {each['colour']} shape on a {each['background']} background" for each in wanted]
+    edges = list(controlnet.edges(np.stack(pictures)))
+    followed, free = (edge_iou(flux_world.sketched(said, edges, 9000, scale), pictures) for scale in (1, 0))
+
+    assert followed >= 2 * free

@@ -1,7 +1,6 @@
 """The training of the embedded models: it can be interrupted, and what it relies on holds."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -108,17 +107,20 @@ def test_xl_begins_as_its_elder() -> None:
 
 def test_a_lora_does_nothing_before_it_is_trained_and_is_named_as_peft_does() -> None:
     torch.manual_seed(1)
-    model = nn.ModuleDict({"block": nn.ModuleDict({"attn": nn.Linear(6, 3), "norm": nn.Linear(6, 3)})})
-    linear: Any = model.get_submodule("block.attn")
-    inputs = torch.randn(2, 6)
-    before = linear(inputs)
+    resnets = nn.ModuleDict({"conv1": nn.Conv2d(6, 3, 3, stride=2)})
+    layers = {"attn": nn.Linear(6, 3), "norm": nn.Linear(6, 3), "resnets": resnets}
+    model = nn.ModuleDict({"block": nn.ModuleDict(layers)})
+    inputs = {"block.attn": torch.randn(2, 6), "block.resnets.conv1": torch.randn(2, 6, 8, 8)}
+    before = {path: model.get_submodule(path)(each) for path, each in inputs.items()}
     pairs = lora.LowRank(model, lora.wanted, rank=2)
 
-    assert torch.equal(linear(inputs), before)
+    assert all(torch.equal(model.get_submodule(path)(each), before[path]) for path, each in inputs.items())
     shapes = {name: tuple(each.shape) for name, each in pairs.tensors("unet").items()}
     assert shapes == {
         "unet.block.attn.lora_A.weight": (2, 6),
         "unet.block.attn.lora_B.weight": (3, 2),
+        "unet.block.resnets.conv1.lora_A.weight": (2, 6, 3, 3),
+        "unet.block.resnets.conv1.lora_B.weight": (3, 2, 1, 1),
     }
 
 
