@@ -3,16 +3,19 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext
+from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 
-from deployments.dispatcher import Dispatcher
-from deployments.queue import Queue
+from deployments.dispatcher import Dispatcher, _insist
+from deployments.queue import Queue, open_database
 from pipelines.registry import endpoint
-from schemas.errors import InternalError, NotReady, StoreDown, WorkerLost
+from schemas.errors import InternalError, NotReady, StoreClosed, StoreDown, WorkerLost
 from schemas.jobs import Backlog, CancelOutcome, Job, JobResult, Logged, Priority, State
 from schemas.settings import Catalogue, LeaseSettings
 from tests.support.jobs import ENDPOINT, OUTPUT, Clock, ScriptedModel, make_job
@@ -585,6 +588,63 @@ async def test_the_model_hears_how_many_wait_behind_a_full_window(
     assert waiting[:3] == [5, 5, 5]
     assert waiting[3:] == sorted(waiting[3:], reverse=True)
     assert waiting[-1] == 0
+
+
+@pytest.mark.parametrize("start_timeout_s", [None, 60], ids=["whenever", "in time"])
+async def test_a_worker_that_speaks_when_all_is_over_changes_nothing(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, start_timeout_s: float | None
+) -> None:
+    model.events = ()
+    job = make_job(start_timeout_s=start_timeout_s)
+    await queue.submit(job)
+    await asyncio.wait_for(model.spoke.acquire(), 10)
+    first = JobResult.success({"first": True}, 0.5)
+    assert await queue.finish(dispatcher._runs[job.request_id].claim, first)
+    model.open.set()
+    await ended(dispatcher)
+    assert await end(queue, job) == first
+
+
+async def test_of_a_request_that_is_swept_by_then_no_end_is_told(
+    dispatcher: Dispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "deployments.endings")
+    await dispatcher._report(make_job())
+    assert not caplog.records
+
+
+async def test_an_end_that_cannot_be_read_is_no_fault_of_the_run(
+    queue_url: str, model: ScriptedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = Queue(open_database(queue_url), LEASE)
+    dispatcher = Dispatcher(queue, LEASE, model.connect, lambda name: endpoint(name).input_type())
+    job = make_job()
+
+    def fails(connection: Connection) -> None:
+        raise OperationalError("SELECT", {}, Exception("disk I/O error\nmore of it"))
+
+    async def get(request_id: str, tenant: str) -> Any:
+        return await queue._database.read(fails)
+
+    queue.get = get  # type: ignore[method-assign]
+    await dispatcher._report(job)
+    [line] = [each.getMessage() for each in caplog.records]
+    assert job.request_id in line and line.endswith("disk I/O error")
+    await dispatcher.close()  # which has nothing to stop: it never got a catalogue
+    await queue.close()
+
+
+async def test_nobody_insists_on_a_database_that_this_process_has_closed(
+    queue: Queue, queue_url: str
+) -> None:
+    await queue.submit(make_job())
+    [claim] = await queue.claim("flux", "one", 1)
+    closed = Queue(open_database(queue_url), LEASE)
+    await closed.close()
+    result = JobResult.success({}, 0.5)
+    with pytest.raises(StoreClosed):
+        await asyncio.wait_for(_insist(partial(closed.finish, claim, result)), 10)
+    assert await _insist(partial(queue.finish, claim, result))
 
 
 @pytest.mark.parametrize("queues", [False, True])

@@ -1,6 +1,7 @@
 """The keys of webhooks: drawn once, shared, rotated with an overlap."""
 
 import base64
+import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from deployments.webhooks.keyring import Keyring, open_keyring
+from deployments.webhooks.keyring import DRAWING_S, FIRST, Keyring, open_keyring
 from tests.support.jobs import Clock
 
 OVERLAP_S = 1000.0
@@ -68,6 +69,25 @@ def test_processes_that_begin_at_once_share_one_key(tmp_path: Path, clock: Clock
     with ThreadPoolExecutor(16) as threads:
         rings = [Keyring(tmp_path / "keys", OVERLAP_S, clock) for _ in range(16)]
         assert len(set(threads.map(lambda ring: tuple(listed(ring)), rings))) == 1
+
+
+def test_a_key_is_never_put_over_another(keyring: Keyring, tmp_path: Path) -> None:
+    first = listed(keyring)
+    keyring._draw(FIRST)  # by a process that did not see it yet
+    assert listed(keyring) == first
+    assert len(list((tmp_path / "keys").iterdir())) == 1
+
+
+def test_what_a_process_was_drawing_is_removed_once_it_must_be_dead(
+    keyring: Keyring, tmp_path: Path, clock: Clock
+) -> None:
+    listed(keyring)
+    dead, drawing = (tmp_path / "keys" / f"{name}.new" for name in ("dead", "drawing"))
+    for path, age_s in ((dead, DRAWING_S + 1), (drawing, 0)):
+        path.touch()
+        os.utime(path, (clock.now - age_s, clock.now - age_s))
+    keyring.rotate()
+    assert not dead.exists() and drawing.exists()
 
 
 def test_t24_a_new_key_is_published_before_it_signs_and_the_old_one_after(

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,18 @@ from deployments.files.guard import IPAddress
 from deployments.queue import Outbox, Queue, open_database
 from deployments.webhooks import sender as sender_module
 from deployments.webhooks.keyring import Keyring
-from deployments.webhooks.sender import ANSWER_BYTES, BROKEN, FAILED, INTERRUPTED, SILENT, UNREACHABLE, Sender
+from deployments.webhooks.sender import (
+    ANSWER_BYTES,
+    BROKEN,
+    FAILED,
+    INTERRUPTED,
+    SILENT,
+    UNREACHABLE,
+    Sender,
+    _insist,
+)
 from schemas.deliveries import DeliveryRecord, DeliveryState, Outcome, Try
-from schemas.errors import StoreDown
+from schemas.errors import StoreClosed, StoreDown
 from schemas.jobs import Job, JobResult
 from schemas.settings import LeaseSettings, WebhookSettings
 from tests.support.jobs import OUTPUT, Clock, make_job
@@ -400,6 +410,17 @@ async def test_a_database_that_fails_for_a_while_costs_time_only(
     await send(sender)
     assert len(receiver.all()) == 1
     assert (await found(outbox, job))[0].state == DeliveryState.DELIVERED
+
+
+async def test_nobody_insists_on_a_database_that_this_process_has_closed(
+    queue_url: str, queue: Queue, outbox: Outbox
+) -> None:
+    await owe(queue, "http://there.example/hook")
+    closed = Outbox(open_database(queue_url), 60.0)
+    [delivery] = await outbox.claim({"there.example": 1})
+    await closed.close()
+    with pytest.raises(StoreClosed):
+        await asyncio.wait_for(_insist(partial(closed.release, delivery, Outcome(200, None, 0.0))), LIMIT_S)
 
 
 async def test_t23_nothing_secret_is_logged(
