@@ -1,6 +1,6 @@
 """Byte fuzz from a corpus: the seeds themselves, and what a few edits make of them.
 
-DARKROOM_EXAMPLES=100000 looks deeper, and each time elsewhere. What it finds belongs into the corpus.
+`make fuzz` looks much longer, and each time elsewhere. What it finds belongs into the corpus.
 """
 
 import os
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 CORPUS = Path(__file__).parents[1] / "corpus"
-EXAMPLES = os.environ.get("DARKROOM_EXAMPLES")
+EXAMPLES = os.environ.get("DARKROOM_FUZZ")
 
 fuzzed = settings(
     max_examples=int(EXAMPLES or 200),
