@@ -26,11 +26,12 @@ test: .venv/.dev
 faults: .venv/.dev
 	DARKROOM_FAULTS=5 $(BIN)/python -m pytest tests/faults
 
-# What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says, and the queue, for a twentieth as many
-# sequences of its verbs.
+# What reads strangers' bytes, for as many examples as DARKROOM_FUZZ says; the queue and the API, for a twentieth as
+# many sequences of its verbs, and calls of each operation.
 fuzz: export DARKROOM_FUZZ ?= 20000
 fuzz: .venv/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz tests/contract/test_queue_machine.py
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz tests/unit/deployments/test_fuzz.py \
+		tests/gateway/test_forms.py tests/gateway/test_properties.py tests/contract/test_queue_machine.py
 
 # What guards, keeps and loads (the list is in pyproject.toml), run by its tests line by line: all of it, or fail.
 COVERING := tests/contract tests/gateway tests/fuzz tests/unit/deployments tests/unit/schemas \

@@ -253,9 +253,11 @@ class Dispatcher:
         """
         patience_s = max(self._lease.lease_s, SILENCE_S)
         limit_s = self._limits.get(claim.job.model)
-        deadline = claim.start_deadline
+        left_s = None if claim.start_deadline is None else claim.start_deadline - self._queue.now()
+        if left_s is not None and left_s <= 0:  # the claim took its time
+            return await self._give_up(claim, StartTimeout(), span)
         running, silent = asyncio.timeout(None), asyncio.timeout(None)
-        starting = asyncio.timeout(None if deadline is None else deadline - self._queue.now())
+        starting = asyncio.timeout(left_s)
 
         def hear(update: Update) -> None:
             now = asyncio.get_running_loop().time()
@@ -271,19 +273,22 @@ class Dispatcher:
             async with running, silent, starting:
                 await self._follow(claim, backlog, hear)
         except TimeoutError:
-            late: DarkroomError
             if silent.expired():
                 raise WorkerLost(f"The worker was silent for {patience_s:g} s.") from None
             if starting.expired():
-                late = StartTimeout()
+                await self._give_up(claim, StartTimeout(), span)
             elif running.expired():
-                late = RunTimeout(f"The request ran for longer than {limit_s:g} s, which this server allows.")
+                message = f"The request ran for longer than {limit_s:g} s, which this server allows."
+                await self._give_up(claim, RunTimeout(message), span)
             else:
                 raise
-            logger.warning("request %s: %s", claim.job.request_id, late.message)
-            span.failed(late)
-            if await _insist(partial(self._queue.finish, claim, JobResult.failure(late))):
-                await self._report(claim.job)
+
+    async def _give_up(self, claim: Claim, late: DarkroomError, span: traces.Span) -> None:
+        """End a request that is too late."""
+        logger.warning("request %s: %s", claim.job.request_id, late.message)
+        span.failed(late)
+        if await _insist(partial(self._queue.finish, claim, JobResult.failure(late))):
+            await self._report(claim.job)
 
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
         crash.point("dispatcher.releases")

@@ -1,7 +1,6 @@
 """The verdict on a run, with what the receiver of its webhooks got."""
 
 import json
-import time
 from collections import Counter
 
 from deployments.webhooks.keyring import Keyring
@@ -29,7 +28,7 @@ def note_posts(place: Place, receiver: Receiver, *, trusts_clocks: bool = True) 
         history.write(
             "posted",
             id=request_id,
-            genuine=is_genuine(post, keys, time.time() if trusts_clocks else _told_time(post)),
+            genuine=is_genuine(post, keys, post.came_at if trusts_clocks else _told_time(post)),
             digest=digest(json.loads(post.body)["payload"]),
             answered=statuses[min(counts[request_id], len(statuses) - 1)],
         )

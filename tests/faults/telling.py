@@ -32,7 +32,7 @@ from schemas.settings import LeaseSettings
 from tests.faults.history import History, digest
 from tests.support.jobs import make_job
 
-KEEP_S = 60  # how long the pictures are kept
+KEEP_S = 86_400  # how long the pictures are kept: longer than any run
 OTHER = "mallory"  # a tenant that has no request
 
 

@@ -1,6 +1,6 @@
 """Byte fuzz from a corpus: the seeds themselves, and what a few edits make of them.
 
-DARKROOM_FUZZ=100000 looks deeper, and each time elsewhere. What it finds belongs into the corpus.
+`make fuzz` looks much longer, and each time elsewhere. What it finds belongs into the corpus.
 """
 
 import os

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ class Post:
     path: str
     headers: Mapping[str, str]
     body: bytes
+    came_at: float = field(default_factory=time.time)  # unix seconds
 
 
 @dataclass
