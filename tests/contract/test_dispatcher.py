@@ -16,7 +16,7 @@ from deployments.dispatcher import Dispatcher, _insist
 from deployments.queue import Queue, open_database
 from pipelines.registry import endpoint
 from schemas.errors import InternalError, NotReady, StoreClosed, StoreDown, WorkerLost
-from schemas.jobs import Backlog, CancelOutcome, Job, JobResult, Logged, Priority, State
+from schemas.jobs import Backlog, CancelOutcome, Claim, Job, JobResult, Logged, Priority, State
 from schemas.settings import Catalogue, LeaseSettings
 from tests.support.jobs import ENDPOINT, OUTPUT, Clock, ScriptedModel, make_job
 
@@ -657,6 +657,25 @@ async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
     ended = await end(queue, job)
     assert (ended.status, ended.error_type) == (504, "request_timeout")
     await asyncio.wait_for(model.stopped.wait(), 10)
+
+
+async def test_a_job_whose_claim_outlasts_its_start_deadline_reaches_no_worker(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = queue.claim
+
+    async def slow(*args: Any) -> list[Claim]:
+        claims = await claim(*args)
+        clock.now += 6 * len(claims)
+        return claims
+
+    monkeypatch.setattr(queue, "claim", slow)
+    model.open.set()
+    job = make_job(start_timeout_s=5.0)
+    await queue.submit(job)
+    ended = await end(queue, job)
+    assert (ended.status, ended.error_type) == (504, "request_timeout")
+    assert not model.order
 
 
 async def test_a_worker_that_falls_silent_is_taken_for_lost(

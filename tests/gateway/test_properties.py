@@ -1,10 +1,6 @@
 """Whatever is sent, by the server's own OpenAPI documents or not, the answer is one that they describe.
 
-<<<<<<< HEAD
-DARKROOM_FUZZ=1000 looks deeper, and each time elsewhere.
-=======
 `make fuzz` looks deeper, and each time elsewhere.
->>>>>>> store6
 """
 
 import json
@@ -33,14 +29,7 @@ CHECKS = [not_a_server_error, content_type_conformance, response_schema_conforma
 MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]  # what a document allows, and what it does not
 
 examples = settings(
-<<<<<<< HEAD
-    max_examples=int(EXAMPLES or 15),
-=======
     max_examples=int(EXAMPLES or 300) // 20,
-    derandomize=EXAMPLES is None,
-    database=None,
-    deadline=None,
->>>>>>> store6
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.generate),
 )
