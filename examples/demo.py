@@ -1,6 +1,6 @@
 """`make demo`: a server on the embedded models, and a picture asked for with fal's own client.
 
-Everything here but `Server` is what an app that uses fal does anyway; the five lines of `point_at`
+Everything here but `Server` is what an app that uses fal does anyway; the three lines of `point_at`
 are the whole difference.
 """
 

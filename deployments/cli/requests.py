@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -120,4 +121,8 @@ def _save(remote: Remote, image: dict[str, Any], stem: Path) -> Path:
 @contextmanager
 def _connected(url: str, key: str | None) -> Iterator[Remote]:
     with explained(), closing(Remote(url, key)) as remote:
-        yield remote
+        try:
+            yield remote
+        except httpx.ConnectError as error:
+            hint = "start one with `darkroom serve`, or name another with --url"
+            raise ConnectionError(f"no server answers at {url}; {hint}") from error

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from deployments.gateway import (
     answers,
     attendance,
+    authentication,
     body,
     downloads,
     history,
@@ -71,7 +72,7 @@ def build(gateway: Gateway, keys: Keys, ready: Ready, jwks: Callable[[], dict[st
     for layer in (
         lambda inner: middleware.Turnstile(inner, gateway.settings.max_runs),
         middleware.Addressing,
-        lambda inner: middleware.Authentication(inner, keys, settings.proxies),
+        lambda inner: authentication.Authentication(inner, keys, settings.proxies),
         lambda inner: Patience(inner, settings.body_grace_s, settings.body_bytes_per_s),
         middleware.Errors,
         middleware.Headers,

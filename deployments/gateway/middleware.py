@@ -12,11 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from deployments import logs, metrics
-from deployments.gateway import answers, openai, pages, tokens
-from deployments.gateway.addresses import BARE_JWKS, JWKS, canonical
-from deployments.gateway.keys import Keys
-from deployments.gateway.throttle import address_of
-from schemas.access import Actor
+from deployments.gateway import answers, openai
+from deployments.gateway.addresses import canonical
 from schemas.errors import (
     BadRequest,
     DarkroomError,
@@ -29,14 +26,6 @@ from schemas.errors import (
 )
 
 logger = logging.getLogger(__name__)
-
-# A file is named by 128 random bits. Who sends one shows a ticket or a pass instead of a key.
-# What can be asked of a model is no secret, and fal shows it to anyone. The playground's pages say nothing of
-# anyone: what they show, they ask for with the key of whoever looks.
-PUBLIC_PREFIXES = ("/files/", "/cdn/files/", "/openapi/", "/api/openapi/", "/playground/")
-PUBLIC_PATHS = ("/health", "/ready", "/v1/models", "/playground", JWKS, BARE_JWKS)
-
-WEBSOCKETS = "/run/"  # whose route checks the key itself, because it has to take the connection first
 
 RUN_PREFIXES = ("/run/", openai.PREFIX)  # where a caller waits for its pictures
 
@@ -86,44 +75,6 @@ class Addressing:
         await self._app(scope, receive, send)
 
 
-class Authentication:
-    """Denies what has no key, but for a literal list of public paths.
-
-    `proxies` of the operator's stand in front, see `address_of`.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Keys, proxies: int) -> None:
-        self._app = app
-        self._keys = keys
-        self._proxies = proxies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        state = scope.setdefault("state", {})
-        state["address"] = address_of(scope, self._proxies)
-        if not self._is_public(scope):
-            state["actor"] = actor = await self._actor(scope)
-            state["tenant"] = actor.tenant
-        await self._app(scope, receive, send)
-
-    def _is_public(self, scope: Scope) -> bool:
-        path: str = scope["path"]
-        if scope["type"] == "websocket":
-            query = scope["query_string"].decode("latin-1")
-            return canonical(path, query, HeaderView(scope=scope)).path.startswith(WEBSOCKETS)
-        return path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES) or pages.is_visit(scope)
-
-    async def _actor(self, scope: Scope) -> Actor:
-        """By the key, or by the token that a browser has instead of one."""
-        headers, query = HeaderView(scope=scope), scope["query_string"].decode("latin-1")
-        given, token, covered = headers.getlist("authorization"), tokens.token_in(query), ""
-        if token and not given:
-            covered = tokens.covered(canonical(scope["path"], query, headers).path)
-        return await self._keys.actor(given, scope["state"]["address"], token, covered)
-
-
 class Errors:
     """Turns what is raised into fal's shapes. Here a fault of ours is logged, once.
 
@@ -154,7 +105,7 @@ class Errors:
         try:
             await self._app(scope, receive, watch)
         except Exception as error:
-            known = _known(error)
+            known = _known(error, scope)
             path = scope["path"].partition("/multipart/")[0]  # what follows is a ticket
             if isinstance(error, StoreDown):
                 logger.error("%s %s failed, %s: %s", scope["method"], path, _id(scope), logs.why(error))
@@ -208,7 +159,7 @@ def _preflight(scope: Scope) -> answers.Json:
     return answers.Json({}, 200, allowed)
 
 
-def _known(error: Exception) -> DarkroomError:
+def _known(error: Exception, scope: Scope) -> DarkroomError:
     if isinstance(error, DarkroomError):
         return error
     if isinstance(error, ClientDisconnect):
@@ -216,7 +167,7 @@ def _known(error: Exception) -> DarkroomError:
     if isinstance(error, HTTPException):
         kinds: dict[int, type[RequestError]] = {404: NotFound, 405: MethodNotAllowed}
         return kinds.get(error.status_code, BadRequest)(error.detail)
-    return InternalError("Internal server error. The log says why, under this request id.")
+    return InternalError(f"Internal server error. The server's log says why, under {_id(scope)}.")
 
 
 def _id(scope: Scope) -> str:
