@@ -48,10 +48,11 @@ def remade(
 
 
 def styled(kind: Kind, prompts: Sequence[str], seed: int, style: str, scale: float) -> list[Pixels]:
-    """From text alone, with the style's LoRA."""
+    """From text alone, with the style's LoRA, at a guidance that styles stand."""
     name = f"{kind}-world-{style}"
     files = {"style": folder(name) / f"{name}.safetensors"}
-    return drawn(kind, prompts, seed, files, loras=[{"path": "style", "scale": scale}])
+    named = {"loras": [{"path": "style", "scale": scale}], "guidance_scale": 2.5}
+    return drawn(kind, prompts, seed, files, **named)
 
 
 def worded(prompts: Sequence[str], seed: int) -> list[Pixels]:

@@ -33,8 +33,10 @@ STEPS = {
     "sd15": 1200,
     "sdxl": 4000,
     "lora": 400,
-    "sd-outline": 900,
-    "sd-stripes": 500,
+    "sd15-outline": 1200,
+    "sd15-stripes": 500,
+    "sdxl-outline": 900,
+    "sdxl-stripes": 800,
     "canny": 900,
     "checker": 500,
     "redux": 250,
@@ -100,7 +102,8 @@ class Workshop:
         unet = _copy(self.sd15_unet if kind == "sd15" else self.sdxl_unet)
         lesson = cache(partial(self._sd_lesson, kind, style, _FEW))
         loss = stable_diffusion.loss_of(unet, lesson, count=24)
-        return lora.train(f"{kind}-{style}", unet, loss, STEPS[f"sd-{style}"], *self._where, rate=_SLOW)
+        name = f"{kind}-{style}"
+        return lora.train(name, unet, loss, STEPS[name], *self._where, rate=_SLOW)
 
     def flux_canny(self) -> Any:
         lesson = cache(partial(self._flux_lesson, count=_FEW))

@@ -42,16 +42,19 @@ def test_guidance_raises_agreement(kind: Kind) -> None:
     assert sum(strong.values()) >= sum(weak.values())
 
 
-@pytest.mark.parametrize(("kind", "style"), [("sd15", "stripes")])
-def test_a_lora_draws_its_style_at_scale_1_and_not_at_0(kind: Kind, style: str) -> None:
+# At least so many of 24 pictures: three standard deviations below what docs/zoo.md says of each.
+@pytest.mark.parametrize(
+    ("kind", "style", "least"), [("sd15", "outline", 12), ("sd15", "stripes", 13), ("sdxl", "stripes", 14)]
+)
+def test_a_lora_draws_its_style_at_scale_1_and_not_at_0(kind: Kind, style: str, least: int) -> None:
     wanted = asked(24, seed=11)
     without, with_it = (
         [judges.look(each).style for each in sd_world.styled(kind, prompts(wanted), 8000, style, scale)]
         for scale in (0, 1)
     )
 
-    assert without.count(style) <= 2
-    assert with_it.count(style) >= 18
+    assert without.count(style) <= 1
+    assert with_it.count(style) >= least
 
 
 def test_strength_trades_the_input_for_the_prompt() -> None:
