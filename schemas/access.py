@@ -65,6 +65,7 @@ class Action(StrEnum):
     REDELIVER = "redeliver"
     CREATE_KEY = "key.create"
     REVOKE_KEY = "key.revoke"
+    ROTATE_KEY = "webhook_key.rotate"
 
 
 @dataclass(frozen=True, slots=True)

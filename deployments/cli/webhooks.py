@@ -9,10 +9,11 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from deployments.cli.stores import front
+from deployments.cli.stores import front, in_queue
 from deployments.cli.terminal import CONFIG, Config, console, errors, explained, shown_time
-from deployments.queue import Outbox, open_outbox
+from deployments.queue import Outbox, open_audit, open_outbox
 from deployments.webhooks.keyring import open_keyring
+from schemas.access import Action, Actor
 from schemas.deliveries import DeliveryState
 from schemas.settings import FrontSettings
 
@@ -74,6 +75,7 @@ def rotate(config: Config = CONFIG) -> None:
     with explained():
         settings = front(config).webhooks
         signs_from = open_keyring(settings.keys, settings.key_overlap_s).rotate()
+        in_queue(config, open_audit, lambda audit: audit.add(Action.ROTATE_KEY, Actor(""), str(signs_from)))
     console.print(f"the new key signs from {shown_time(signs_from)} on", highlight=False)
 
 

@@ -1,4 +1,6 @@
-"""The audit: who did what, in the transaction that did it. A row is added, and never changed."""
+"""The audit: who did what, in the transaction that did it, if one did. A row is added, and never changed."""
+
+import time
 
 from sqlalchemy import Connection, bindparam, insert, select
 
@@ -34,6 +36,11 @@ class Audit:
 
     async def close(self) -> None:
         await self._database.close()
+
+    async def add(self, action: Action, by: Actor, subject: str) -> None:
+        """Write down what was done outside of the database."""
+        now = time.time()
+        await self._database.write(lambda connection: note(connection, action, by, subject, now))
 
     async def newest(self, limit: int, tenant: str | None = None) -> list[Entry]:
         """What was done last, the newest first; by one tenant, or by all."""

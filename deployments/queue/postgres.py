@@ -73,8 +73,10 @@ class PostgresDatabase(Database):
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._readers, self._read, operation)
-        except (OperationalError, InterfaceError) as error:
-            raise down(error) from error
+        except DBAPIError as error:
+            if _is_failure(error):
+                raise down(error) from error
+            raise
 
     async def changed(self, timeout_s: float) -> None:
         await self._bell.wait(timeout_s)
@@ -159,7 +161,13 @@ def _may_pass(error: DBAPIError) -> bool:
 
 
 def _explain(error: Exception) -> Exception:
-    return down(error) if isinstance(error, OperationalError | InterfaceError) else error
+    return down(error) if _is_failure(error) else error
+
+
+def _is_failure(error: Exception) -> bool:
+    """Of the database, and not of an operation. SQLSTATEs of class XX say that it finds itself damaged."""
+    state = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+    return isinstance(error, OperationalError | InterfaceError) or state.startswith("XX")
 
 
 def _open(url: str, *, pool_size: int, read_only: bool = False) -> Engine:

@@ -225,6 +225,16 @@ async def test_a_writer_that_stands_still_loses_its_transaction(
         await each.close()
 
 
+@pytest.mark.parametrize("verb", ["read", "write"])
+async def test_f12_a_damaged_page_is_a_store_that_is_down(database: PostgresDatabase, verb: str) -> None:
+    """As PostgreSQL says it of a page whose checksum is wrong."""
+    damage = "DO $$ BEGIN RAISE EXCEPTION 'invalid page in block 7' USING ERRCODE = 'data_corrupted'; END $$"
+    with pytest.raises(StoreDown) as raised:
+        await getattr(database, verb)(lambda connection: connection.exec_driver_sql(damage))
+    assert "invalid page" in str(raised.value.__cause__)
+    assert await database.read(shown("transaction_read_only")) == ["on"]
+
+
 @pytest.mark.parametrize("immediately", [False, True], ids=["in order", "as in a crash"])
 async def test_a_server_that_stops_is_down_until_it_starts_again(
     own_server: PostgresServer, immediately: bool

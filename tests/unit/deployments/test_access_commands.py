@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(terminal.console, "width", 250)
-    args = {"queue_url": f"sqlite:///{tmp_path}/queue.sqlite3"}
+    args = {
+        "queue_url": f"sqlite:///{tmp_path}/queue.sqlite3",
+        "webhooks": {"keys": f"file://{tmp_path}/webhook-keys"},
+    }
     front = {"name": "darkroom", "import_path": "deployments.app:front", "args": args}
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump({"applications": [front]}))
@@ -85,6 +88,13 @@ def test_t37_the_audit_is_printed_as_json_lines(config: Path) -> None:
     assert rows[0]["at"].endswith("+00:00")
     [one] = said(config, "audit", "--tenant", "alice", "--limit", "1").output.splitlines()
     assert json.loads(one) == rows[0]
+
+
+def test_t37_a_new_key_for_webhooks_is_written_down_once(config: Path) -> None:
+    assert said(config, "webhooks", "rotate").exit_code == 0
+    assert said(config, "webhooks", "rotate").exit_code == 1  # one waits already
+    [row] = [json.loads(line) for line in said(config, "audit").output.splitlines()]
+    assert (row["action"], row["tenant"], row["key_id"]) == ("webhook_key.rotate", "", None)
 
 
 # Who may change or delete rows of the audit: the retention.
