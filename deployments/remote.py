@@ -29,7 +29,12 @@ class Remote:
 
     def submit(self, endpoint_id: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The receipt; its URLs lead to everything else."""
-        return self._json("POST", f"/queue/{endpoint_id}", json=dict(fields))
+        answer = self._http.post(f"/queue/{endpoint_id}", json=dict(fields))
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            raise Refused(
+                f"the server has no endpoint {endpoint_id}; `darkroom models` lists those that it has"
+            )
+        return _document(answer)
 
     def follow(self, status_url: str) -> Iterator[dict[str, Any]]:
         """Status documents with the new log lines of each, until the request is completed."""
@@ -65,10 +70,13 @@ class Remote:
         return found[0]
 
     def _json(self, method: str, url: str, **options: Any) -> dict[str, Any]:
-        answer = self._http.request(method, url, **options)
-        _check(answer)
-        document: dict[str, Any] = answer.json()
-        return document
+        return _document(self._http.request(method, url, **options))
+
+
+def _document(answer: httpx.Response) -> dict[str, Any]:
+    _check(answer)
+    document: dict[str, Any] = answer.json()
+    return document
 
 
 def _check(answer: httpx.Response) -> None:

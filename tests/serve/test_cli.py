@@ -1,6 +1,7 @@
 """The command line against a running server."""
 
 import json
+import socket
 from pathlib import Path
 
 from PIL import Image
@@ -46,10 +47,18 @@ def test_status_and_cancel_find_a_request_by_its_id(server: Server, tmp_path: Pa
     assert "already completed" in refused.output
 
 
+def test_a_server_that_is_not_there_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    done = cli("models", "--url", url)
+    assert done.exit_code == 1
+    assert f"no server answers at {url}" in done.output.replace("\n", "")
+
+
 def test_mistakes_are_told_in_a_line(server: Server) -> None:
     for arguments, said in (
         (["run", ENDPOINT, "-i", "promt=x"], "prompt: Field required"),
-        (["run", "fal-ai/nope", "-i", "prompt=x"], "not found"),
+        (["run", "fal-ai/nope", "-i", "prompt=x"], "no endpoint fal-ai/nope"),
         (["status", "nonsense"], "no request nonsense"),
     ):
         done = cli(*arguments, "--url", server.url)
