@@ -14,13 +14,13 @@ serve: .venv/.demo
 	$(BIN)/darkroom serve
 
 # The tests that start servers run one after another; the rest on all cores. Where the machine is busy, a time limit
-# can run out that has nothing to do with the test: what failed is tried once more, and the summary says so.
+# can run out that has nothing to do with the test: what failed is tried once more, and named at the end.
 SERVERS := tests/serve tests/clients tests/faults/test_live_server.py \
 	tests/faults/test_server_killed.py tests/faults/test_nodes.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal --reruns 1 $(addprefix --ignore=,$(SERVERS))
-	$(BIN)/python -m pytest --reruns 1 $(SERVERS)
+	$(BIN)/python -m pytest -n auto --dist worksteal --reruns 1 -rR $(addprefix --ignore=,$(SERVERS))
+	$(BIN)/python -m pytest --reruns 1 -rR $(SERVERS)
 
 # The long form of what `make test` does in short: see docs/reliability.md.
 faults: .venv/.dev
