@@ -260,3 +260,16 @@ async def test_a_process_does_not_hear_itself(database: Database) -> None:
     assert not heard.done()
     database.wake()
     await asyncio.wait_for(heard, LIMIT_S)
+
+
+async def test_what_waits_when_it_closes_is_written(queue_url: str) -> None:
+    database = open_database(queue_url)
+    async with grouped(database) as write:
+        outcomes = write(note("a"), note("b"))
+        await asyncio.sleep(0)  # both are in line
+        closing = asyncio.create_task(database.close())
+    assert not [each for each in await outcomes() if isinstance(each, Exception)]
+    await closing
+    again = open_database(queue_url)
+    assert await again.read(noted) == ["a", "b"]
+    await again.close()

@@ -659,14 +659,21 @@ async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
     await asyncio.wait_for(model.stopped.wait(), 10)
 
 
+@pytest.mark.parametrize("took_s", [6, 60], ids=["its deadline", "its lease"])
 async def test_a_job_whose_claim_outlasts_its_start_deadline_reaches_no_worker(
-    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    took_s: int,
+    queue: Queue,
+    dispatcher: Dispatcher,
+    model: ScriptedModel,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     claim = queue.claim
 
     async def slow(*args: Any) -> list[Claim]:
         claims = await claim(*args)
-        clock.now += 6 * len(claims)
+        clock.now += took_s * len(claims)
+        await queue.sweep()  # another's, who ends it where the lease has lapsed
         return claims
 
     monkeypatch.setattr(queue, "claim", slow)

@@ -201,7 +201,11 @@ class RayCluster:
         return answer.json()["applications"]  # type: ignore[no-any-return]
 
     def are_running(self) -> bool:
-        applications = self.applications()
+        """False also while no head answers."""
+        try:
+            applications = self.applications()
+        except httpx.TransportError:
+            return False
         states = {each["status"] for each in applications.values()}
         assert not any("FAILED" in state for state in states), applications
         return states == {"RUNNING"}
