@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture(scope="module")
 def http(place: Place) -> Iterator[httpx.Client]:
-    fresh = httpx.Limits(keepalive_expiry=1)  # the server closes what is idle for five, as httpx does by itself
+    fresh = httpx.Limits(keepalive_expiry=1)  # s; after five the server closes, just as httpx would
     with httpx.Client(base_url=place.url, headers=HEADERS, timeout=30, limits=fresh) as client:
         yield client
 
