@@ -1,8 +1,9 @@
-"""What it gains that encoding, denoising and decoding have threads of their own: nothing but that.
+"""What it gains that encoding, denoising and decoding have threads of their own.
 
-Every forward holds one picture, so no batch gains anything, and torch has one thread. One request at a time
+Every forward of the transformer holds one picture, and torch has one thread; pictures that end together are
+decoded together, as in a worker, which may gain beyond what is side by side. One request at a time
 is one stage at a time; four at once have their stages side by side, as far as there are cores. What it could
-gain at most is all stages' seconds by those of the longest.
+gain at most without that is all stages' seconds by those of the longest.
 """
 
 import time

@@ -73,7 +73,7 @@ def settled(config: dict[str, Any], policy: str, start_s: float) -> dict[str, An
 
 
 def started_s(cluster: RayCluster, http: httpx.Client) -> float:
-    """Until a sleeping replica runs, a picture included; it sleeps again afterwards."""
+    """Until a sleeping replica runs, a picture included."""
     until(lambda: cluster.places("flux") == [])
     began = time.monotonic()
     wake(cluster, http)
@@ -147,8 +147,8 @@ def main() -> None:
             until(cluster.are_running)
             wake(cluster, http)
             waits, watched = play(cluster, trace)
-            rows.append(row("four nodes", name, waits, watched.replica_s, len(watched.counts) - 1))
-        rows += simulated(trace, start_s, flux.get("concurrency", 8))
+            rows.append(row("nodes", name, waits, watched.replica_s, len(watched.counts) - 1))
+        rows += simulated(trace, start_s, flux["concurrency"])
     caption = f"{CAPTION} A start took {start_s:.1f} s, a request alone {work_s:.2f} s."
     show("Autoscaling on nodes and simulated", rows, caption, options.json)
 

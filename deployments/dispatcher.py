@@ -13,7 +13,7 @@ import contextvars
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,13 +25,13 @@ from pydantic import BaseModel, ValidationError
 from deployments import crash, endings, logs, metrics, traces
 from deployments.gauges import Gauges
 from deployments.queue import Queue, Setback
+from deployments.queue.insistence import insist
 from schemas.assets import takes_weights, weights
 from schemas.errors import (
     DarkroomError,
     NotReady,
     RunTimeout,
     StartTimeout,
-    StoreClosed,
     StoreDown,
     WorkerLost,
 )
@@ -287,12 +287,12 @@ class Dispatcher:
         """End a request that is too late."""
         logger.warning("request %s: %s", claim.job.request_id, late.message)
         span.failed(late)
-        if await _insist(partial(self._queue.finish, claim, JobResult.failure(late))):
+        if await insist(partial(self._queue.finish, claim, JobResult.failure(late))):
             await self._report(claim.job)
 
     async def _release(self, claim: Claim, setback: Setback, delay_s: float = 0) -> None:
         crash.point("dispatcher.releases")
-        if await _insist(partial(self._queue.release, claim, setback, delay_s)):
+        if await insist(partial(self._queue.release, claim, setback, delay_s)):
             await self._report(claim.job)
         crash.point("dispatcher.released")
 
@@ -306,10 +306,10 @@ class Dispatcher:
                 hear(update)
                 crash.point("dispatcher.heard")
                 if is_timed and update.has_begun:
-                    if not await _insist(partial(self._queue.begin, claim)):
+                    if not await insist(partial(self._queue.begin, claim)):
                         return  # someone else has it
                     is_timed = False
-                if not await _insist(partial(self._write, claim, update)):
+                if not await insist(partial(self._write, claim, update)):
                     return  # someone else has it
                 if update.result is not None:
                     crash.point("dispatcher.finished")
@@ -370,18 +370,6 @@ def _attempt(claim: Claim) -> AbstractContextManager[traces.Span]:
         "CONSUMER",
         waited_s=claim.waited_s if claim.attempt == 1 else 0.0,
     )
-
-
-async def _insist(write: Callable[[], Awaitable[bool]]) -> bool:
-    """Repeat a write until the database takes it. The fence keeps it harmless if that is late."""
-    while True:
-        try:
-            return await write()
-        except StoreClosed:
-            raise
-        except StoreDown as error:
-            logger.error("what a worker said cannot be kept yet: %s", logs.why(error))
-            await asyncio.sleep(IDLE_S)
 
 
 def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

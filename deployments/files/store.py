@@ -238,13 +238,9 @@ def told() -> Iterator[None]:
 
 
 async def _chunks(found: "obstore.GetResult") -> AsyncIterator[bytes]:
-    chunks = aiter(found.stream(CHUNK_BYTES))
-    while True:
-        with told():
-            chunk = await anext(chunks, None)
-        if chunk is None:
-            return
-        yield bytes(chunk)
+    with told():
+        async for chunk in found.stream(CHUNK_BYTES):
+            yield bytes(chunk)
 
 
 def open_files(url: str, clock: Clock = time.time) -> FileStore:

@@ -21,10 +21,11 @@ from deployments import crash, logs, metrics, traces
 from deployments.files.egress import Egress
 from deployments.files.guard import parse
 from deployments.queue import Outbox
+from deployments.queue.insistence import insist
 from deployments.webhooks import message
 from deployments.webhooks.keyring import Keyring
 from schemas.deliveries import Delivery, DeliveryState, Outcome
-from schemas.errors import AssetError, StoreClosed, StoreDown
+from schemas.errors import AssetError
 from schemas.settings import WebhookSettings
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class Sender:
                 went = outcome(*await self._try(delivery, span))
                 span.received(went.status, went.error)
         except asyncio.CancelledError:
-            await _insist(partial(self._outbox.release, delivery, outcome(None, INTERRUPTED)))
+            await insist(partial(self._outbox.release, delivery, outcome(None, INTERRUPTED)))
             return
         except Exception:
             logger.exception("the webhook of %s could not be sent", delivery.request_id)
@@ -191,7 +192,7 @@ class Sender:
             state,
         )
         crash.point("sender.settles")
-        await _insist(partial(self._outbox.settle, delivery, outcome, state, again_at))
+        await insist(partial(self._outbox.settle, delivery, outcome, state, again_at))
         crash.point("sender.settled")
 
     def _verdict(self, delivery: Delivery, outcome: Outcome) -> tuple[DeliveryState, float | None]:
@@ -221,19 +222,6 @@ async def _hear_out(response: httpx.Response) -> None:
         heard += len(chunk)
         if heard > ANSWER_BYTES:
             return
-
-
-async def _insist(write: Callable[[], Coroutine[Any, Any, bool]]) -> None:
-    """Repeat a write until the database takes it. The attempt's number keeps it harmless if that is late."""
-    while True:
-        try:
-            await write()
-            return
-        except StoreClosed:
-            raise
-        except StoreDown as error:
-            logger.error("what a receiver said cannot be kept yet: %s", logs.why(error))
-            await asyncio.sleep(IDLE_S)
 
 
 def _detached(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

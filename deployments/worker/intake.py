@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -40,15 +40,10 @@ class Intake:
         self._decoders = Decoders(settings.picture_decoders)
         self._holdings = Holdings(keeper)
         self._places = asyncio.Semaphore(PREFETCHES)
-        self._ahead: set[asyncio.Task[None]] = set()
+        self._ahead: set[asyncio.Task[None]] = set()  # fetches for jobs that are yet to come
 
     def close(self) -> None:
         self._decoders.close()
-
-    @property
-    def ahead(self) -> Set[asyncio.Task[None]]:
-        """What is being fetched for jobs that are yet to come, a task for each."""
-        return self._ahead
 
     def holdings(self) -> dict[str, Holding]:
         """The weights that requests have named, by their assets' digests, and where they are here."""

@@ -12,8 +12,9 @@ from opentelemetry.trace import SpanContext
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from deployments.dispatcher import Dispatcher, _insist
-from deployments.queue import Queue, open_database
+from deployments.dispatcher import Dispatcher
+from deployments.queue import Queue, insistence, open_database
+from deployments.queue.insistence import insist
 from pipelines.registry import endpoint
 from schemas.errors import InternalError, NotReady, StoreClosed, StoreDown, WorkerLost
 from schemas.jobs import Backlog, CancelOutcome, Claim, Job, JobResult, Logged, Priority, State
@@ -643,8 +644,24 @@ async def test_nobody_insists_on_a_database_that_this_process_has_closed(
     await closed.close()
     result = JobResult.success({}, 0.5)
     with pytest.raises(StoreClosed):
-        await asyncio.wait_for(_insist(partial(closed.finish, claim, result)), 10)
-    assert await _insist(partial(queue.finish, claim, result))
+        await asyncio.wait_for(insist(partial(closed.finish, claim, result)), 10)
+    assert await insist(partial(queue.finish, claim, result))
+
+
+async def test_who_insists_for_long_tells_of_it_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(insistence, "PAUSE_S", 0)
+    failures = [StoreDown("away")] * 3
+
+    async def write() -> bool:
+        if failures:
+            raise failures.pop()
+        return True
+
+    assert await insist(write)
+    [line] = [each.getMessage() for each in caplog.records if each.name == insistence.__name__]
+    assert line.endswith("away")
 
 
 @pytest.mark.parametrize("queues", [False, True])

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from deployments.files.egress import Egress
 from deployments.files.guard import IPAddress
 from deployments.queue import Outbox, Queue, open_database
+from deployments.queue.insistence import insist
 from deployments.webhooks import sender as sender_module
 from deployments.webhooks.keyring import Keyring
 from deployments.webhooks.sender import (
@@ -26,7 +27,6 @@ from deployments.webhooks.sender import (
     SILENT,
     UNREACHABLE,
     Sender,
-    _insist,
 )
 from schemas.deliveries import DeliveryRecord, DeliveryState, Outcome, Try
 from schemas.errors import StoreClosed, StoreDown
@@ -420,7 +420,7 @@ async def test_nobody_insists_on_a_database_that_this_process_has_closed(
     [delivery] = await outbox.claim({"there.example": 1})
     await closed.close()
     with pytest.raises(StoreClosed):
-        await asyncio.wait_for(_insist(partial(closed.release, delivery, Outcome(200, None, 0.0))), LIMIT_S)
+        await asyncio.wait_for(insist(partial(closed.release, delivery, Outcome(200, None, 0.0))), LIMIT_S)
 
 
 async def test_t23_nothing_secret_is_logged(

@@ -951,7 +951,7 @@ async def test_the_weights_of_the_next_job_come_while_one_runs_and_only_once(
     worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
     running = await begun(worker, make_job(input=LONG))
     worker.prefetch(job)
-    await became(lambda: not worker.intake.ahead)
+    await became(lambda: not worker.intake._ahead)
     assert hub.asked == {STYLE: 1}
     assert len(worker._engine) == 1  # the first still runs
     await running.aclose()
@@ -965,7 +965,7 @@ async def test_a_worker_tells_where_it_holds_what_a_job_needs(make_eager: Make, 
     worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
     assert tiers(worker, job) == [None]
     worker.prefetch(job)
-    await became(lambda: not worker.intake.ahead)
+    await became(lambda: not worker.intake._ahead)
     assert tiers(worker, job) == [Tier.DISK]
     await updates(worker, job)
     assert tiers(worker, job) == [Tier.DEVICE]
@@ -1014,7 +1014,7 @@ async def test_a_job_that_is_given_up_leaves_the_download_to_its_end(make_eager:
     run = asyncio.create_task(updates(worker, job))
     await asyncio.sleep(0.1)
     run.cancel()
-    await became(lambda: not worker.intake.ahead)
+    await became(lambda: not worker.intake._ahead)
     told = await updates(worker, job)
     assert told[-1].result is not None and told[-1].result.status == 200
     assert hub.asked == {STYLE: 1}
@@ -1030,7 +1030,7 @@ async def test_few_files_are_fetched_ahead_at_once_over_all_jobs(make_eager: Mak
     await became(lambda: hub.asked.total() >= 2)
     await asyncio.sleep(0.1)
     assert [*hub.asked] == names[:2]
-    await became(lambda: not worker.intake.ahead)
+    await became(lambda: not worker.intake._ahead)
     assert hub.asked == dict.fromkeys(names, 1)
 
 
@@ -1044,7 +1044,7 @@ async def test_what_cannot_be_fetched_ahead_ends_quietly_and_stops_no_other_file
     worker.prefetch(styled(f"{hub.url}/of-a-refused-job", num_images=99))
     worker.prefetch(styled(f"{hub.url}/of-a-picture-too-large", image_size={"width": 65, "height": 64}))
     worker.prefetch(make_job(endpoint_id="fal-ai/other", input={"loras": [{"path": f"{hub.url}/of-none"}]}))
-    await asyncio.gather(*worker.intake.ahead)
+    await asyncio.gather(*worker.intake._ahead)
     assert hub.asked == {"/lost": 1, "/page": 1, STYLE: 1}
     assert not [record for record in caplog.records if record.levelname not in ("DEBUG", "INFO")]
 
@@ -1057,7 +1057,7 @@ async def test_a_file_in_use_is_not_evicted_for_one_fetched_ahead(
     used = Asset(AssetKind.LORA, f"{hub.url}{STYLE}")
     with await worker.intake._weights.locate(used, "", lambda line: None) as path:
         worker.prefetch(styled(f"{hub.url}/other.safetensors"))
-        await became(lambda: not worker.intake.ahead)
+        await became(lambda: not worker.intake._ahead)
         assert hub.asked["/other.safetensors"] == 1
         assert path.exists()
 
@@ -1069,7 +1069,7 @@ async def test_a_job_beyond_the_concurrency_waits_and_its_weights_are_fetched_me
     running = await begun(worker, make_job(input=LONG))
     waiting = asyncio.create_task(updates(worker, job))
     given_up = asyncio.create_task(updates(worker, make_job(input=FIELDS)))
-    await became(lambda: hub.asked == {STYLE: 1} and not worker.intake.ahead)
+    await became(lambda: hub.asked == {STYLE: 1} and not worker.intake._ahead)
     await asyncio.sleep(0.3)
     assert len(worker._engine) == 1
     assert not waiting.done() and not given_up.done()
