@@ -24,6 +24,7 @@ from tests.clients.inputs import (
     encoded,
     shapes,
 )
+from tests.support.canaries import leaks, secrets_of
 from tests.support.collector import Collector, collecting
 from tests.support.node import install
 from tests.support.receivers import Receiver, receiving
@@ -76,9 +77,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
     universal["limits"] = {"max_pixels": UNIVERSAL_SIDE**2}
     path.write_text(yaml.safe_dump(config))
     traces = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    server = start(path, keys=f"{ALICE} {BOB}", environment=traces)
+    keys = f"{ALICE} {BOB}"
+    server = start(path, keys=keys, environment=traces)
     yield server
+    metrics = httpx.get(server.metrics_url).raise_for_status().text
     assert server.stop() == 0
+    told = [metrics, str(collector.raw)]
+    assert [each for each in secrets_of(keys) if any(each in text for text in told)] == []
+    assert leaks(secrets_of(keys), [folder, server.ray_logs]) == []  # t23, over the whole suite
 
 
 @pytest.fixture(scope="package")

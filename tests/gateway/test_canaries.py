@@ -16,6 +16,7 @@ from deployments.webhooks.keyring import open_keyring
 from schemas.errors import InternalError, StoreDown, WorkerLost
 from schemas.jobs import Job, JobResult
 from schemas.settings import LeaseSettings
+from tests.support.canaries import leaks
 from tests.support.gateway import Place, gateway_at_work
 from tests.support.jobs import ENDPOINT
 
@@ -84,9 +85,7 @@ async def test_t23_no_secret_is_found_where_it_does_not_belong(
     for secret in (KEY_SECRET, S3_SECRET, DB_SECRET, private, *tickets):
         assert secret not in told and secret not in logged, secret
     assert URL_SECRET not in logged
-    stored = _stored(folder)
-    for secret in (KEY_SECRET, S3_SECRET, DB_SECRET, private, *tickets):
-        assert [name for name, data in stored.items() if secret.encode() in data] == [], secret
+    assert leaks([KEY_SECRET, S3_SECRET, DB_SECRET, private, *tickets], [folder]) == []
     for line in written.lines[1::2]:
         json.loads(line)
 
@@ -156,12 +155,3 @@ async def _broken_stores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError) as refused:
         open_files(f"s3://me:{S3_SECRET}@bucket/x")
     assert S3_SECRET not in str(refused.value)
-
-
-def _stored(folder: Path) -> dict[str, bytes]:
-    """All that lies on the disk but for what is secret by its purpose."""
-    return {
-        str(path): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and "keys" not in path.parts and path.name != "secret"
-    }

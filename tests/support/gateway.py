@@ -23,6 +23,7 @@ from deployments.queue import Audit, KeyTable, Queue, open_audit, open_keys, ope
 from pipelines import registry
 from schemas.jobs import Job, JobResult
 from schemas.settings import Catalogue, FrontSettings
+from tests.support.canaries import leaks, lookout, secrets_of
 from tests.support.jobs import ScriptedModel
 
 Connect = Callable[[str], ModelHandle]
@@ -49,7 +50,7 @@ async def gateway_at_work(
     folder: Path, *, keys: str = "", connect: Connect | None = None, **settings: Any
 ) -> AsyncIterator[Place]:
     """A gateway that serves every endpoint. Its model draws `PICTURE` once its gate is open, unless another
-    is connected."""
+    is connected. At the end no secret of its keys is in any answer, log line or file (t23)."""
     files_url, queue_url = f"file://{folder}/files", f"sqlite:///{folder}/queue.sqlite3"
     front = FrontSettings(files_url=files_url, queue_url=queue_url, **settings)
     catalogue = Catalogue.model_validate({"models": {"every": {"endpoints": list(registry.ENDPOINTS)}}})
@@ -65,11 +66,14 @@ async def gateway_at_work(
     throttle, ticks = Throttle(front.bad_keys_per_minute), count(0, LOOK_S).__next__
     known = Keys(parse(keys), table=table, throttle=throttle, ticks=ticks)
     app = http.build(gateway, known, _always, lambda: {"keys": []})
-    async with listening(app) as url:
-        yield Place(url, gateway, files, queue, model, table, audit, app)
+    secrets = secrets_of(keys)
+    with lookout(secrets) as out:
+        async with listening(out.watching(app)) as url:
+            yield Place(url, gateway, files, queue, model, table, audit, app)
     await dispatcher.close()
     for each in (queue, table, audit):
         await each.close()
+    assert out.heard + leaks(secrets, [folder]) == []
 
 
 async def _drawing(files: FileStore) -> Any:

@@ -110,6 +110,12 @@ class Server:
         [url] = re.findall(r"^metrics at (\S+)$", self.log.read_text(), re.MULTILINE)
         return str(url)
 
+    @property
+    def ray_logs(self) -> Path:
+        """The folder in which Ray and everything that it runs log."""
+        [serve] = re.findall(r"^logs in (\S+)$", self.log.read_text(), re.MULTILINE)
+        return Path(serve).parent
+
     def stop(self) -> int:
         """As Ctrl-C does; returns the exit code."""
         self.process.send_signal(signal.SIGINT)
