@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -253,11 +253,14 @@ class _WorkerReplica:
         _join_logs()
         metrics.send_to(_RayMetrics())
         traces.start("worker")
+        self._closing = ExitStack()  # has the worker only once there is one: a model may refuse to start
+        self._closing.callback(traces.close)
         began = time.monotonic()
         from deployments.worker.worker import Worker  # imports torch, which only a replica needs
 
         name = serve.get_replica_context().app_name
         self._worker = Worker(settings, open_files(settings.files_url), name)
+        self._closing.callback(self._worker.close)
         self._meter = Meter(time.monotonic() - began)
 
     async def generate(
@@ -294,8 +297,7 @@ class _WorkerReplica:
         self._worker.check_health()
 
     def __del__(self) -> None:
-        self._worker.close()
-        traces.close()
+        self._closing.close()
 
 
 def _join_logs() -> None:

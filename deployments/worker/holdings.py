@@ -1,7 +1,7 @@
 """What a replica tells the router that it holds."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +36,12 @@ class Holdings:
         """Where a request's weights are now."""
         found = self._found.get(asset.digest)
         return self._tier(found[0], self._memory()) if found else None
+
+    def unloaded_nbytes(self, assets: Iterable[Asset]) -> int:
+        """How many bytes of these weights, of those that were found, are not on the device."""
+        memory = self._memory()
+        found = dict(self._found[each.digest] for each in assets if each.digest in self._found)
+        return sum(nbytes for path, nbytes in found.items() if self._tier(path, memory) != Tier.DEVICE)
 
     def told(self) -> dict[str, Holding]:
         """By the assets' digests, what is still here."""

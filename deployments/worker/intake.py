@@ -82,7 +82,10 @@ class Intake:
                 found = {asset: group.create_task(got(asset)) for asset in wanted}
         except ExceptionGroup as failed:  # such as a full disk; the first has ended the others
             raise failed.exceptions[0] from None
-        return _by_field((ref.loc, found[ref.asset].result()) for ref in refs)
+        fetched = _by_field((ref.loc, found[ref.asset].result()) for ref in refs)
+        if nbytes := self._holdings.unloaded_nbytes(weights(request)):
+            emit(Logged(f"loading {nbytes / 1e6:,.1f} MB of weights"))
+        return fetched
 
     def prefetch(self, job: Job, request: EndpointInput) -> None:
         """Begin to fetch the weights that a job names, so that they are on disk when it comes.

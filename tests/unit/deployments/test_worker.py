@@ -971,6 +971,16 @@ async def test_a_worker_tells_where_it_holds_what_a_job_needs(make_eager: Make, 
     assert tiers(worker, job) == [Tier.DEVICE]
 
 
+async def test_a_job_says_how_much_it_loads_which_a_second_one_need_not(make_eager: Make, hub: Hub) -> None:
+    worker, job = make_eager(), styled(f"{hub.url}{STYLE}")
+    first, second = [
+        [line for line in lines(await updates(worker, job)) if line.startswith("loading")] for _ in range(2)
+    ]
+    [held] = worker.intake.holdings().values()
+    assert first == [f"loading {held.nbytes / 1e6:,.1f} MB of weights"]
+    assert second == []
+
+
 async def test_the_metrics_hear_where_named_weights_were_and_where_they_lie(
     make_eager: Make, hub: Hub
 ) -> None:
