@@ -13,7 +13,7 @@ import contextvars
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +44,8 @@ IDLE_S = 1.0  # the longest time between two looks at the queue
 MOST_COUNTED = 1000  # waiting requests of a priority: nobody has replicas for more
 KEPT = 2  # places of a window that no request of low priority takes
 SILENCE_S = 5 * WORD_S  # no worker is taken for lost sooner
+
+Hearing = AbstractContextManager[None]
 
 
 class ModelHandle(Protocol):
@@ -126,16 +128,19 @@ class Dispatcher:
 
     async def _dispatch(self) -> None:
         """Look, act, wait for a change; for ever."""
-        pause = 0.0
+        pause, was_away = 0.0, False
         while True:
             await self._queue.changed(pause)
             try:
+                if was_away:  # its leases have lapsed perhaps, which a look would take for a lost worker
+                    await self._beat()
                 pause = await self._look()
                 metrics.STORE_UP.set(1)
+                was_away = False
             except Exception:
                 logger.exception("the queue could not be read")
                 metrics.STORE_UP.set(0)
-                pause = IDLE_S
+                pause, was_away = IDLE_S, True
 
     async def _look(self) -> float:
         """Do what there is to do. Returns the seconds until something falls due."""
@@ -259,15 +264,22 @@ class Dispatcher:
         running, silent = asyncio.timeout(None), asyncio.timeout(None)
         starting = asyncio.timeout(left_s)
 
-        def hear(update: Update) -> None:
-            now = asyncio.get_running_loop().time()
-            silent.reschedule(now + patience_s)
+        @contextlib.contextmanager
+        def hear(update: Update) -> Iterator[None]:
+            """While an update is written down nobody listens: what that takes is no fault of the worker's."""
+            clock, due = asyncio.get_running_loop().time, running.when()
+            heard_at = clock()
+            silent.reschedule(None)
+            running.reschedule(None)
             if update.has_begun:
                 starting.reschedule(None)
-                if limit_s is not None and running.when() is None:
-                    running.reschedule(now + limit_s)
             if update.result is not None:
                 span.answered(update.result.status, update.result.error_type)
+            yield
+            silent.reschedule(clock() + patience_s)
+            if update.has_begun and limit_s is not None:
+                left_s = limit_s if due is None else due - heard_at
+                running.reschedule(clock() + left_s)
 
         try:
             async with running, silent, starting:
@@ -296,21 +308,21 @@ class Dispatcher:
             await self._report(claim.job)
         crash.point("dispatcher.released")
 
-    async def _follow(self, claim: Claim, backlog: Backlog, hear: Callable[[Update], None]) -> None:
-        """Write down what the worker says until it gives the result."""
+    async def _follow(self, claim: Claim, backlog: Backlog, hear: Callable[[Update], Hearing]) -> None:
+        """Write down what the worker says until it gives the result; each update is written within `hear`."""
         handle = self._connect(claim.job.model)
         job = replace(claim.job, waited_s=claim.waited_s)
         is_timed = claim.start_deadline is not None
         async with contextlib.aclosing(handle.generate(job, backlog)) as updates:
             async for update in updates:
-                hear(update)
-                crash.point("dispatcher.heard")
-                if is_timed and update.has_begun:
-                    if not await insist(partial(self._queue.begin, claim)):
+                with hear(update):
+                    crash.point("dispatcher.heard")
+                    if is_timed and update.has_begun:
+                        if not await insist(partial(self._queue.begin, claim)):
+                            return  # someone else has it
+                        is_timed = False
+                    if not await insist(partial(self._write, claim, update)):
                         return  # someone else has it
-                    is_timed = False
-                if not await insist(partial(self._write, claim, update)):
-                    return  # someone else has it
                 if update.result is not None:
                     crash.point("dispatcher.finished")
                     return
@@ -336,18 +348,21 @@ class Dispatcher:
                 endings.tell(record)
 
     async def _renew(self) -> None:
-        """Renew the leases; stop what was lost."""
+        """Renew the leases now and then."""
         while True:
             await asyncio.sleep(self._lease.heartbeat_s)
-            before = list(self._runs.values())
             try:
-                held = await self._queue.heartbeat([run.claim for run in before])
+                await self._beat()
             except Exception:
                 logger.exception("the leases could not be renewed")
-                continue
-            for run in before:
-                if run.claim.job.request_id not in held:
-                    run.task.cancel()
+
+    async def _beat(self) -> None:
+        """Renew the leases; stop what was lost."""
+        before = list(self._runs.values())
+        held = await self._queue.heartbeat([run.claim for run in before])
+        for run in before:
+            if run.claim.job.request_id not in held:
+                run.task.cancel()
 
     @staticmethod
     async def _stop(run: Run) -> None:

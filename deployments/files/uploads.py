@@ -71,7 +71,7 @@ class Uploads:
 
     async def begin(self, name: str | None, content_type: str, keep_s: int | None) -> Ticket:
         """Leave to send a file. Nothing is stored yet. Raises StoreFull."""
-        self._files.check_room(self._min_free_bytes)
+        self._check_free(0)
         until = self._files.clock() + TICKET_S
         key = new_key(name, content_type)
         return Ticket(key=key, content_type=content_type, keep_s=keep_s, until=until)
@@ -108,9 +108,9 @@ class Uploads:
     ) -> str:
         """Keep a part as its bytes come; returns the tag by which `complete` names it.
 
-        Raises BadRequest, BodyTooLarge and StoreDown; then nothing is kept.
+        Raises BadRequest, BodyTooLarge, StoreFull and StoreDown; then nothing is kept.
         """
-        self._files.check_room(self._min_free_bytes)
+        self._check_free(declared or 0)
         if not 1 <= number <= MAX_PARTS:
             raise BadRequest(f"A part number must be 1 to {MAX_PARTS}.")
         room = self._max_bytes - sum(
@@ -126,6 +126,7 @@ class Uploads:
                 count += len(block)
                 if count > room:
                     raise self._too_large()
+                self._check_free(len(block))
                 await asyncio.to_thread(digest.update, block)
                 yield block
 
@@ -141,7 +142,7 @@ class Uploads:
     async def complete(self, ticket: Ticket, parts: Mapping[int, str]) -> None:
         """Make the file of the parts `{number: tag}`. When this returns, its key can be opened.
 
-        Raises BadRequest for parts that are missing, Forbidden when the key has other content.
+        Raises BadRequest for parts that are missing, Forbidden when the key has other content, StoreFull.
         """
         content = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
         details = await self._files.details(ticket.key)
@@ -185,8 +186,11 @@ class Uploads:
         for number in range(1, max(parts, default=1) + 1):
             if (number, parts.get(number)) not in arrived:
                 raise BadRequest(f"Part {number} is missing, or it is not the one that has arrived.")
-        if sum(arrived[part] for part in parts.items()) > self._max_bytes:
+        size = sum(arrived[part] for part in parts.items())
+        if size > self._max_bytes:
             raise self._too_large()
+        if len(parts) > 1:  # they are copied together
+            self._check_free(size)
 
     async def _claim(self, ticket: Ticket, content: str) -> Details:
         """Say of what the key is made; returns what the first to say it said."""
@@ -242,6 +246,10 @@ class Uploads:
             found = await obstore.get_async(self._objects, place)
             async for chunk in found.stream(CHUNK_BYTES):
                 yield bytes(chunk)
+
+    def _check_free(self, coming: int) -> None:
+        """Raise StoreFull where so many bytes more would take what is to stay free."""
+        self._files.check_room(self._min_free_bytes + coming)
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"A file may have at most {self._max_bytes} bytes here (max_upload_bytes).")

@@ -148,6 +148,8 @@ def _bands(picture: Image.Image, way: Any) -> Iterator[bytes]:
         band = picture.crop(_source(picture.size, way, top, min(height, top + rows)))
         if way in _TURNS:
             band = band.transpose(_TURNS[way])
+        if band.mode == "I;16":  # which Pillow would clip at 255 of 65535
+            band = Image.frombytes("L", band.size, band.tobytes()[1::2])
         yield (band if band.mode == "RGB" else band.convert("RGB")).tobytes()
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import psycopg
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 TRIES = 3  # of a transaction that another one or a lost connection undid
 READERS = 4  # threads
+TAKES_NO_WRITES = "25006"  # SQLSTATE of a standby's refusal
 WRITING, MIGRATING = 0x6461726B01, 0x6461726B02  # advisory locks
 
 # A server or a network that has gone is noticed within seconds.
@@ -166,8 +167,18 @@ def _explain(error: Exception) -> Exception:
 
 def _is_failure(error: Exception) -> bool:
     """Of the database, and not of an operation. SQLSTATEs of class XX say that it finds itself damaged."""
-    state = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
-    return isinstance(error, OperationalError | InterfaceError) or state.startswith("XX")
+    state = _state(getattr(error, "orig", None))
+    return isinstance(error, OperationalError | InterfaceError) or state.startswith(("XX", TAKES_NO_WRITES))
+
+
+def _state(error: BaseException | None) -> str:
+    return getattr(error, "sqlstate", None) or ""
+
+
+def _leave_a_standby(context: ExceptionContext) -> None:
+    """A server that takes no writes is not the one that is wanted, perhaps not any more: connect anew."""
+    if _state(context.original_exception) == TAKES_NO_WRITES:
+        context.is_disconnect = True
 
 
 def _open(url: str, *, pool_size: int, read_only: bool = False) -> Engine:
@@ -187,6 +198,7 @@ def _open(url: str, *, pool_size: int, read_only: bool = False) -> Engine:
             connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             connection.read_only = True
 
+    event.listen(engine, "handle_error", _leave_a_standby)
     return engine
 
 

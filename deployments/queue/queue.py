@@ -12,9 +12,9 @@ order of acceptance.
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection, RowMapping, Select
 from sqlalchemy.exc import IntegrityError
 
 from deployments import crash, endings
@@ -294,18 +294,22 @@ class Queue:
         Up to `low_limit` of them are of low priority.
         """
 
+        def is_any(connection: Connection) -> bool:
+            heads = sql.UPCOMING, sql.UPCOMING_BESIDE
+            return bool(_takeable(connection, heads, model, self._clock(), 1, low_limit))
+
+        # A transaction rings everywhere, also one that changes nothing: who is rung looks, and would claim
+        # in vain as well, and ring, for ever.
+        if not await self._database.read(is_any):
+            return []
+
         def operation(connection: Connection) -> list[Claim]:
             now = self._clock()
-            rooms = limits.rooms(connection)
-            full = [tenant for tenant, room in rooms.items() if room <= 0]
-            wanted = {"model": model, "now": now, "limit": limit, "full": full}
-            statement = sql.CLAIMABLE_BESIDE if full else sql.CLAIMABLE
-            found = connection.execute(statement, wanted).mappings().all()
+            heads = sql.CLAIMABLE, sql.CLAIMABLE_BESIDE
+            found = _takeable(connection, heads, model, now, limit, low_limit)
             crash.point("claim.found")
             until = now + self._lease.lease_s
-            return [
-                take(connection, row, owner, now, until) for row in limits.within(found, rooms, low_limit)
-            ]
+            return [take(connection, row, owner, now, until) for row in found]
 
         claims = await self._write(operation)
         crash.point("claim.stored")
@@ -531,6 +535,23 @@ def _position(connection: Connection, row: RowMapping) -> int:
     """How many queued requests of the model run before this one, up to MAX_POSITION."""
     wanted = {name: row[name] for name in ("model", "priority", "turn", "seq")}
     return int(connection.execute(sql.POSITION, {**wanted, "most": MAX_POSITION}).scalar_one())
+
+
+def _takeable(
+    connection: Connection,
+    heads: tuple[Select[Any], Select[Any]],
+    model: str,
+    now: float,
+    limit: int,
+    low_limit: int | None,
+) -> list[RowMapping]:
+    """The next requests of a model that may run now, in their order. `heads`: the statement that finds them,
+    and the one for when some tenants are full."""
+    rooms = limits.rooms(connection)
+    full = [tenant for tenant, room in rooms.items() if room <= 0]
+    wanted = {"model": model, "now": now, "limit": limit, "full": full}
+    found = connection.execute(heads[bool(full)], wanted).mappings().all()
+    return list(limits.within(found, rooms, low_limit))
 
 
 def _has_work(connection: Connection, model: str, now: float) -> bool:

@@ -108,7 +108,8 @@ BACKLOG = select(func.count()).select_from(
     .limit(bindparam("limit"))
     .subquery()
 )
-CLAIMABLE_BESIDE = CLAIMABLE.where(requests.c.tenant.not_in(bindparam("full", expanding=True)))
+_beside_full = requests.c.tenant.not_in(bindparam("full", expanding=True))
+UPCOMING_BESIDE, CLAIMABLE_BESIDE = UPCOMING.where(_beside_full), CLAIMABLE.where(_beside_full)
 
 
 def _load(of: ColumnElement[bool], state: State) -> Select[Any]:

@@ -34,6 +34,7 @@ from deployments.worker.updates import Updates
 from pipelines import registry
 from pipelines.base import AnyPipeline, Assets, Generation, Outcome
 from pipelines.decoding import Decoding
+from pipelines.engine.device import is_lost
 from pipelines.engine.engine import Engine
 from pipelines.engine.memory import with_room
 from pipelines.exit import Exit, Finished
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 UPDATE_S = 0.05  # events of so long travel together
 PREVIEW_S = 0.5  # the shortest time between two previews of a job
+DEVICE_LOST = 3  # the exit code
 RANDOM_SEEDS = 2**32  # JSON numbers are exact to 2^53
 
 T = TypeVar("T")
@@ -176,6 +178,9 @@ class Worker:
             return JobResult.failure(error)
         except Exception:
             logger.exception("request %s failed", job.request_id)
+            if is_lost(self._settings.device):
+                logger.critical("the device of this replica computes no more: the replica ends")
+                os._exit(DEVICE_LOST)  # the queue gives its requests to others
             message = f"The model failed. The server's log says why, under {job.request_id}."
             return JobResult.failure(InternalError(message))
 

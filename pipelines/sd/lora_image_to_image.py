@@ -25,6 +25,7 @@ from pipelines.sd.trace import Trace
 from schemas.endpoints.lora_image_to_image import Input, Output
 from schemas.errors import FieldError, InputError, Location
 from schemas.fields import ImageSize
+from schemas.settings import Limits
 
 SIDE = 1024  # of a picture without a start picture
 MAX_TRACE_BYTES = 2**30  # of pictures that a request gets for debugging, before they are compressed
@@ -81,6 +82,7 @@ class Pipeline(SdPipeline[Input]):
             request.tile_stride_width,
             request.tile_stride_height,
         )
+        _check_tiles(request, views, self.model.limits)
         _check_trace(request, grid, views)
         picture = assets.images.get(("body", "image_url"))
         seeds = [seed + number for number in range(request.num_images)]
@@ -185,6 +187,21 @@ def _refusal(request: Input, error: ScheduleError) -> InputError:
     }
     field = next(name for name, given in fields.items() if given)
     return InputError([FieldError(("body", field), str(error), "value_error")])
+
+
+def _check_tiles(request: Input, views: Sequence[Tile], limits: Limits) -> None:
+    """Raise InputError for tiles that overlap so much that they are too much work for one request."""
+    cells = sum(view.rows * view.columns for view in views)
+    work = cells * PIXELS_PER_CELL**2 / 1e6 * request.num_images * request.steps
+    most = limits.max_megapixel_steps
+    if work > most:
+        message = (
+            f"{len(views)} tiles in {request.steps} steps of {request.num_images} images are {work:.0f} "
+            f"megapixel-steps, at most {most:g} are taken; ask for longer strides"
+        )
+        raise InputError(
+            [FieldError(("body", "tile_stride_width"), message, "less_than_equal", {"le": most})]
+        )
 
 
 def _check_trace(request: Input, grid: Grid, views: Sequence[Tile]) -> None:

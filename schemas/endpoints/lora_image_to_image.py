@@ -214,9 +214,13 @@ class Input(EndpointInput):
         if faults := [*self._faults()]:
             raise InputError(faults)
 
+    @property
+    def steps(self) -> int:
+        """Of a denoising."""
+        return len(self.timesteps.given) or len(self.sigmas.given) or self.num_inference_steps
+
     def check_work(self, size: ImageSize, limits: Limits) -> None:
-        steps = len(self.timesteps.given) or len(self.sigmas.given) or self.num_inference_steps
-        check_work(size, self.num_images, steps, limits)
+        check_work(size, self.num_images, self.steps, limits)
 
     def _faults(self) -> Iterator[FieldError]:
         body: Location = ("body",)

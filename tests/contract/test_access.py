@@ -193,6 +193,26 @@ async def test_t34_no_more_of_a_tenants_requests_run_at_once_than_may(queue: Que
     assert [each.job.tenant for each in await queue.claim("flux", "here", 10)] == ["alice"]
 
 
+async def test_t34_where_nothing_may_be_claimed_nothing_is_written(
+    queue: Queue, table: KeyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each commit rings at the dispatchers, who would claim again in vain, and ring, as fast as they can."""
+    alice = await keyed(table, max_running=1)
+    for _ in range(2):
+        await submitted(queue, alice)
+    await queue.submit(make_job(tenant="bob", priority=Priority.LOW))
+    [taken] = await queue.claim("flux", "here", 10, low_limit=0)
+
+    async def write(operation: Any) -> Any:
+        raise AssertionError("somebody is rung for nothing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queue._database, "write", write)
+        assert await queue.claim("flux", "here", 10, low_limit=0) == []
+    assert taken.job.tenant == "alice"
+    assert [each.job.tenant for each in await queue.claim("flux", "here", 10, low_limit=1)] == ["bob"]
+
+
 async def test_t34_what_is_refused_leaves_nothing_and_costs_nothing(
     queue: Queue, table: KeyTable, audit: Audit, clock: Clock
 ) -> None:

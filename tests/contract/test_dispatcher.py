@@ -375,6 +375,38 @@ async def test_a_queue_that_cannot_be_asked_for_a_while_stops_nothing(
     assert dispatcher.is_alive
 
 
+async def test_a_database_that_is_away_for_longer_than_a_lease_costs_no_start(
+    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(model.spoke.acquire(), 10)
+    asked, looked, waiting = asyncio.Semaphore(0), asyncio.Semaphore(0), queue.waiting
+
+    async def away(operation: Any) -> Any:
+        asked.release()
+        raise StoreDown("away")
+
+    async def seen(*arguments: Any) -> Any:
+        found = await waiting(*arguments)
+        looked.release()
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queue._database, "read", away)
+        patched.setattr(queue._database, "write", away)
+        queue.wake()
+        await asyncio.wait_for(asked.acquire(), 10)
+        clock.now += LEASE.lease_s + 1
+    monkeypatch.setattr(queue, "waiting", seen)
+    for _ in range(2):
+        queue.wake()
+        await asyncio.wait_for(looked.acquire(), 10)
+    model.open.set()
+    assert (await end(queue, job)).status == 200
+    assert len(model.order) == 1
+
+
 async def test_a_run_whose_lease_lapsed_unseen_is_stopped_when_the_job_is_claimed_again(
     queue: Queue, dispatcher: Dispatcher, model: ScriptedModel, clock: Clock
 ) -> None:
@@ -559,6 +591,37 @@ async def test_what_runs_for_too_long_is_stopped_and_fails_for_good(
     assert (result.status, result.error_type, result.retryable) == (504, "request_timeout", True)
     await asyncio.wait_for(model.stopped.wait(), 20)
     assert model.running == 0
+    assert len(model.order) == 1
+
+
+@pytest.mark.parametrize("speech", ["step 1/2", None], ids=["an event", "the result"])
+async def test_an_outage_of_the_database_is_no_time_of_the_run_and_no_silence_of_the_worker(
+    queue: Queue,
+    make_dispatcher: Make,
+    model: ScriptedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    speech: str | None,
+) -> None:
+    is_back, tried = asyncio.Event(), asyncio.Event()
+    verb = "record" if speech else "finish"
+    works = getattr(queue, verb)
+
+    async def is_away(*arguments: Any) -> bool:
+        tried.set()
+        await is_back.wait()
+        return bool(await works(*arguments))
+
+    monkeypatch.setattr("deployments.dispatcher.SILENCE_S", 0.1)
+    monkeypatch.setattr(queue, verb, is_away)
+    model.events = (Logged(speech),) if speech else ()
+    model.open.set()
+    await make_dispatcher(LeaseSettings(lease_s=0.1, heartbeat_s=0.05), catalogue(ENDPOINT, run_limit_s=0.2))
+    job = make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(tried.wait(), 10)
+    await asyncio.sleep(0.5)
+    is_back.set()
+    assert (await end(queue, job)).status == 200
     assert len(model.order) == 1
 
 

@@ -235,6 +235,22 @@ async def test_f12_a_damaged_page_is_a_store_that_is_down(database: PostgresData
     assert await database.read(shown("transaction_read_only")) == ["on"]
 
 
+async def test_a_server_that_takes_no_writes_is_down_until_another_does(
+    postgres: PostgresServer, postgres_url: str, database: PostgresDatabase
+) -> None:
+    """As a standby that an address led to, or a disk that its provider has closed before it was full."""
+    name = conninfo_to_dict(postgres_url)["dbname"]
+    await database.write(note("one"))
+    postgres.run(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+    with pytest.raises(StoreDown):
+        await database.write(note("lost"))
+    assert await database.read(noted) == ["one"]
+    postgres.run(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+    await database.write(note("two"))  # on a new connection: the old one never would
+    assert await database.read(noted) == ["one", "two"]
+
+
 @pytest.mark.parametrize("immediately", [False, True], ids=["in order", "as in a crash"])
 async def test_a_server_that_stops_is_down_until_it_starts_again(
     own_server: PostgresServer, immediately: bool

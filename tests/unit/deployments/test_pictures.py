@@ -152,6 +152,13 @@ async def test_t15_every_mode_becomes_the_rgb_that_it_means(decoders: Decoders) 
         assert found[:, :4].max() <= 3 and found[:, 4:].min() >= 252, name
 
 
+async def test_a_grey_of_16_bits_keeps_its_shades(decoders: Decoders) -> None:
+    """As depth maps have them."""
+    shades = np.linspace(0, 65535, 8 * 64).reshape(8, 64).astype(np.uint16)
+    found = np.asarray(await decoders.decode(encoded(Image.fromarray(shades), "PNG")))
+    assert (found == (shades >> 8)[..., None]).all()
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("way", range(10))
 async def test_t15_a_picture_is_set_upright(

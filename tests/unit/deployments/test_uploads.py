@@ -11,7 +11,7 @@ import pytest
 
 from deployments.files.store import FileStore, StoredFile, open_files
 from deployments.files.uploads import TICKET_S, Ticket, Uploads
-from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown
+from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreDown, StoreFull
 from tests.support.uploading import Clock, begun, folder, parted, sent
 
 LIMIT = 1_000_000
@@ -48,6 +48,46 @@ def kept(files: FileStore) -> list[Path]:
 
 
 # -- what is sent
+
+
+class Disk:
+    """Of so many bytes, taken by what lies in the store."""
+
+    def __init__(self, files: FileStore, size: int, patch: pytest.MonkeyPatch) -> None:
+        self._files, self._size, self.least = files, size, size
+        patch.setattr(files.place, "free_bytes", self.free_bytes)
+
+    def free_bytes(self) -> int:
+        free = self._size - sum(path.stat().st_size for path in kept(self._files))
+        self.least = min(self.least, free)
+        return free
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+async def test_t32_an_upload_leaves_free_what_is_to_stay_free(
+    files: FileStore, monkeypatch: pytest.MonkeyPatch, is_announced: bool
+) -> None:
+    """The queue may lie on the same disk."""
+    disk, data = Disk(files, 2**21, monkeypatch), bytes(2**21)
+    uploads = Uploads(files, 2**22, min_free_bytes=2**20)
+    ticket = await begun(uploads)
+    with pytest.raises(StoreFull):
+        await uploads.receive(ticket, 1, sent(data), len(data) if is_announced else None)
+    assert disk.least > 2**20 - 2**18 - 10_000  # a block of what comes
+    assert not kept(files)
+
+
+async def test_t32_parts_are_copied_together_where_there_is_room_for_that(
+    files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(files, 3 * 2**20, monkeypatch)
+    uploads = Uploads(files, 2**22, min_free_bytes=2**20)
+    ticket = await begun(uploads)
+    parts = await parted(uploads, ticket, {1: bytes(2**19), 2: bytes(2**19 + 1)})
+    with pytest.raises(StoreFull):
+        await uploads.complete(ticket, parts)
+    monkeypatch.setattr(disk, "_size", 2**22)
+    await uploads.complete(ticket, parts)  # when there is
 
 
 @pytest.mark.parametrize("size", [0, 1, 9_999, 10_000, LIMIT])

@@ -1,4 +1,4 @@
-"""A worker whose model runs out of memory, or out of numbers, on one of many requests."""
+"""A worker whose model runs out of memory or numbers on one of many requests, or that loses its device."""
 
 import asyncio
 import base64
@@ -16,7 +16,8 @@ from PIL import Image
 from torch import nn
 
 from deployments.files.store import open_files
-from deployments.worker.worker import Worker
+from deployments.worker.worker import DEVICE_LOST, Worker
+from pipelines.engine.device import is_lost
 from schemas.jobs import JobResult
 from schemas.settings import ModelSettings
 from tests.support.jobs import ENDPOINT, make_job
@@ -222,3 +223,38 @@ async def test_t30_a_preview_that_cannot_be_made_costs_no_picture(worker: Worker
     hook.remove()
     assert calls >= 2
     assert last.result is not None and last.result.status == 200
+
+
+class Exited(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("place", ["transformer", "text_encoder_2"])
+async def test_a_replica_whose_device_is_lost_ends_and_fails_no_request(
+    worker: Worker, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would answer each that comes with a 500, faster than any other replica has a picture."""
+    codes: list[int] = []
+
+    def exits(code: int) -> None:
+        codes.append(code)
+        raise Exited
+
+    def lost(given: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch, before_forwards(part(worker, place), lost):
+        patch.setattr(os, "_exit", exits)
+        failed = await result(worker, prompt=f"a fault of the {place}")  # the device still computes
+        assert told(failed) == (500, "internal_server_error", "internal_server_error") and not codes
+        patch.setattr(torch, "ones", lambda *_, **__: lost(None))
+        with pytest.raises(Exited):
+            await result(worker, prompt=f"a fault of the {place}")
+    assert codes == [DEVICE_LOST]
+    assert (await result(worker)).status == 200
+
+
+def test_a_device_without_memory_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_lost("cpu")
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: no_cuda_memory())
+    assert not is_lost("cpu")

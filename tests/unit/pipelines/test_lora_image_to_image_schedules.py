@@ -1,6 +1,7 @@
 """lora/image-to-image: schedulers beside diffusers' pipelines, arrays, tiles, and what is kept of the way."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
@@ -17,6 +18,7 @@ from pipelines.sd.grid import Grid, draw_noise
 from pipelines.sd.schedule import step_seed
 from pipelines.sd.tiles import Tile
 from schemas.endpoints.lora_image_to_image import Scheduler
+from schemas.errors import InputError
 from schemas.fields import File
 from schemas.settings import Limits
 from tests.support.fields import shows
@@ -247,6 +249,19 @@ def test_tiles_lie_as_far_apart_as_is_asked_for(wide: Studio) -> None:
     assert {(tile.top, tile.left) for tile in both} == {
         (top, left) for top in (0, 16) for left in (0, 16, 24)
     }
+
+
+def test_t16_tiles_count_as_the_work_that_they_are(tmp_path: Path) -> None:
+    """2048 × 2048 pixels in tiles of 1024, 64 apart, are 72 pictures."""
+    studio = Studio(tmp_path, limits=Limits(max_pixels=320 * 256, max_megapixel_steps=4))
+    studio.files |= {"large": blocks(1, (320, 256))}
+    asked = {"tile_width": 128, "tile_height": 128, "num_inference_steps": 30}
+    assert len(tiles_of(studio, **asked)) == 6
+    with pytest.raises(InputError) as raised:
+        tiles_of(studio, **asked, tile_stride_width=64, tile_stride_height=64)
+    [fault] = raised.value.fields
+    assert (fault.loc, fault.type) == (("body", "tile_stride_width"), "less_than_equal")
+    assert "12 tiles" in fault.msg
 
 
 @shows(UNIVERSAL, "tile_width", "tile_height", "tile_stride_width", "tile_stride_height")
