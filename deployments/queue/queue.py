@@ -12,19 +12,21 @@ order of acceptance.
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, RowMapping, Select
 from sqlalchemy.exc import IntegrityError
 
 from deployments import crash, endings
-from deployments.queue import audit, limits, rows, upkeep
+from deployments.queue import audit, limits, lookup, rows, upkeep
 from deployments.queue import statements as sql
 from deployments.queue.database import Database, Operation
 from deployments.queue.feed import Feed
+from deployments.queue.submit import Submit
 from deployments.queue.transitions import Setback, append, change, complete, erase, held, note, put_back, take
 from schemas.access import Action, Actor
-from schemas.errors import BadRequest, Cancelled, Erased, KeyReused, QueueFull, RequestError
+from schemas.errors import BadRequest, Cancelled, Erased, RequestError
 from schemas.jobs import (
     CancelOutcome,
     Claim,
@@ -43,8 +45,6 @@ from schemas.settings import LeaseSettings, Retention
 
 T = TypeVar("T")
 
-MAX_POSITION = 10_000  # positions beyond are told as this: each look would cost more than a start
-MAX_RECEIPT_POSITION = 1_000  # and in the receipt, where the next submit waits for the count
 LEAD_S = 5.0  # a leader that is not heard of for so long is followed by another
 
 
@@ -111,49 +111,8 @@ class Queue:
         Raises QueueFull, and keeps nothing, when more than `max_ahead` jobs run before it; KeyReused when
         the key came with another input; what limits.admit says when the caller may not submit more.
         """
-        now = self._clock()
-        actor = by or Actor(job.tenant)
-        deadline = None if job.start_timeout_s is None else now + job.start_timeout_s
-        values = rows.job_values(job) | {
-            "state": State.QUEUED,
-            "accepted_at": now,
-            "start_deadline": deadline,
-            "not_before": 0.0,  # whatever the clocks of others say
-            "fence": 0,
-            "attempts": 0,
-            "crashes": 0,
-            "cancel_requested": False,
-        }
-
-        place = {
-            "model": job.model,
-            "priority": job.priority,
-            "tenant": job.tenant,
-            "most": max(MAX_RECEIPT_POSITION, (max_ahead or 0) + 1),
-        }
-
-        def operation(connection: Connection) -> Receipt | RequestError:
-            if once is not None and (known := _submitted(connection, job, once, now)) is not None:
-                return known
-            crash.point("submit.begun")
-            if (refusal := limits.admit(connection, actor, now, waits=waits)) is not None:
-                return refusal
-            crash.point("submit.admitted")
-            if once is not None:
-                _remember(connection, job, once, now)
-            audit.note(connection, Action.SUBMIT, actor, job.request_id, now)
-            crash.point("submit.audited")
-            turn, position = connection.execute(sql.PLACE, place).one()
-            crash.point("submit.turn_drawn")
-            if max_ahead is not None and position > max_ahead:
-                raise QueueFull(f"{position} requests wait already; at most {max_ahead} were wanted.")
-            connection.execute(sql.ACCEPT, {**values, "turn": turn})
-            crash.point("submit.inserted")
-            append(connection, job.request_id, notes, now)
-            crash.point("submit.noted")
-            return Receipt(job.request_id, position)
-
-        receipt = await self._write(operation)
+        submit = Submit(job, notes, max_ahead, once, by or Actor(job.tenant), waits, self._clock())
+        receipt = await self._write(submit.accept)
         if isinstance(receipt, RequestError):
             raise receipt
         crash.point("submit.stored")
@@ -162,7 +121,7 @@ class Queue:
 
     async def get(self, request_id: str, tenant: str) -> Record | None:
         """The record of a tenant's request, or None."""
-        return await self._database.read(lambda connection: _find(connection, request_id, tenant))
+        return await self._database.read(lambda connection: lookup.find(connection, request_id, tenant))
 
     async def recent(
         self, tenant: str, limit: int, before: int | None = None, endpoints: Sequence[str] = ()
@@ -187,7 +146,7 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> Record | None:
-            record = _find(connection, request_id, tenant)
+            record = lookup.find(connection, request_id, tenant)
             if record is None:
                 return None
             if record.state != State.COMPLETED:
@@ -206,7 +165,7 @@ class Queue:
 
     async def events(self, request_id: str, after: int = 0) -> list[Event]:
         """The events of a request with `seq` above `after`, in order."""
-        return await self._database.read(lambda connection: _events(connection, request_id, after))
+        return await self._database.read(lambda connection: lookup.events(connection, request_id, after))
 
     async def watch(self, request_id: str, tenant: str) -> AsyncIterator[Snapshot]:
         """A snapshot now and after each change, the completed one last. Nothing for an unknown id.
@@ -218,7 +177,9 @@ class Queue:
             while seen is None or seen.state != State.COMPLETED:
                 await changed.wait()
                 changed.clear()
-                record, news = await self._database.read(_snapshot(request_id, tenant, after))
+                record, news = await self._database.read(
+                    partial(lookup.snapshot, request_id=request_id, tenant=tenant, after=after)
+                )
                 if record is None:
                     return
                 after = news[-1].seq if news else after
@@ -232,7 +193,7 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> tuple[CancelOutcome, Record | None]:
-            record = _find(connection, request_id, tenant)
+            record = lookup.find(connection, request_id, tenant)
             if record is None:
                 return CancelOutcome.NOT_FOUND, None
             if record.state == State.COMPLETED:
@@ -248,7 +209,7 @@ class Queue:
                 crash.point("cancel.marked")
                 note(connection, request_id, now)
             audit.note(connection, Action.CANCEL, by or Actor(tenant), request_id, now)
-            return CancelOutcome.REQUESTED, _find(connection, request_id, tenant)
+            return CancelOutcome.REQUESTED, lookup.find(connection, request_id, tenant)
 
         outcome, record = await self._write(operation)
         crash.point("cancel.stored")
@@ -493,50 +454,6 @@ class Queue:
         return result
 
 
-def _find(connection: Connection, request_id: str, tenant: str) -> Record | None:
-    row = connection.execute(sql.FIND, {"request_id": request_id, "tenant": tenant}).mappings().first()
-    if row is None:
-        return None
-    position = None
-    if row["state"] == State.QUEUED:
-        position = _position(connection, row)
-    return rows.record(row, position)
-
-
-def _submitted(connection: Connection, job: Job, once: Once, now: float) -> Receipt | None:
-    """The receipt of the submit that came first under the key, or None if there was none.
-
-    A request that was cancelled, or failed for no fault of its own, does not count: its caller tries again.
-    """
-    place = {"tenant": job.tenant, "key": once.key}
-    known = {**place, "keys_before": now - upkeep.KEY_S}
-    row = connection.execute(sql.SUBMITTED, known).mappings().first()
-    if row is not None and row["error_type"] != Cancelled.error_type and not row["retryable"]:
-        if row["once_fingerprint"] != once.fingerprint:
-            raise KeyReused("This Idempotency-Key was used for another input; take a new one.")
-        is_queued = row["state"] == State.QUEUED
-        position = _position(connection, row) if is_queued else 0
-        return Receipt(row["request_id"], position, replayed=True)
-    return None
-
-
-def _remember(connection: Connection, job: Job, once: Once, now: float) -> None:
-    """This submit is the first under its key."""
-    place = {"tenant": job.tenant, "key": once.key}
-    crash.point("key.unknown")
-    connection.execute(sql.FORGET_KEY, place)
-    crash.point("key.forgotten")
-    new = {"fingerprint": once.fingerprint, "request_id": job.request_id, "at": now}
-    connection.execute(sql.REMEMBER_KEY, place | new)
-    crash.point("key.remembered")
-
-
-def _position(connection: Connection, row: RowMapping) -> int:
-    """How many queued requests of the model run before this one, up to MAX_POSITION."""
-    wanted = {name: row[name] for name in ("model", "priority", "turn", "seq")}
-    return int(connection.execute(sql.POSITION, {**wanted, "most": MAX_POSITION}).scalar_one())
-
-
 def _takeable(
     connection: Connection,
     heads: tuple[Select[Any], Select[Any]],
@@ -556,17 +473,3 @@ def _takeable(
 
 def _has_work(connection: Connection, model: str, now: float) -> bool:
     return connection.scalar(sql.ANY_CLAIMABLE, {"model": model, "now": now}) is not None
-
-
-def _events(connection: Connection, request_id: str, after: int) -> list[Event]:
-    wanted = {"request_id": request_id, "after": after}
-    return [rows.event(row) for row in connection.execute(sql.EVENTS, wanted).mappings()]
-
-
-def _snapshot(
-    request_id: str, tenant: str, after: int
-) -> Callable[[Connection], tuple[Record | None, list[Event]]]:
-    return lambda connection: (
-        _find(connection, request_id, tenant),
-        _events(connection, request_id, after),
-    )

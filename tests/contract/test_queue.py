@@ -648,8 +648,8 @@ async def test_the_audit_is_kept_for_its_time(queue: Queue, clock: Clock, queue_
 
 
 async def test_positions_are_counted_up_to_a_number(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.queue.queue.MAX_POSITION", 2)
-    monkeypatch.setattr("deployments.queue.queue.MAX_RECEIPT_POSITION", 1)
+    monkeypatch.setattr("deployments.queue.lookup.MAX_POSITION", 2)
+    monkeypatch.setattr("deployments.queue.submit.MAX_RECEIPT_POSITION", 1)
     receipts = [await queue.submit(make_job()) for _ in range(5)]
     assert [receipt.position for receipt in receipts] == [0, 1, 1, 1, 1]
     with pytest.raises(QueueFull):

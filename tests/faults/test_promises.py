@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 
-from deployments.queue.queue import MAX_POSITION
+from deployments.queue.lookup import MAX_POSITION
 from schemas.jobs import Priority
 from tests.faults import loads, processes
 from tests.faults.fronts import Place, finish, front
