@@ -41,6 +41,9 @@ from schemas.settings import Catalogue, LeaseSettings, ModelEntry
 logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0  # the longest time between two looks at the queue
+HASTE_S = (
+    0.01  # the shortest, without a ring: by our clock something may be overdue that is its leader's to end
+)
 MOST_COUNTED = 1000  # waiting requests of a priority: nobody has replicas for more
 KEPT = 2  # places of a window that no request of low priority takes
 SILENCE_S = 5 * WORD_S  # no worker is taken for lost sooner
@@ -155,7 +158,7 @@ class Dispatcher:
         full = [model for model in waiting.models if await self._fill(model)]
         for model in full:
             await self._foresee(model)
-        return min(IDLE_S, max(0.0, self._next_sweep - self._queue.now()))  # the clock may be set
+        return min(IDLE_S, max(HASTE_S, self._next_sweep - self._queue.now()))  # the clock may be set
 
     async def _fill(self, model: str) -> bool:
         """Hand over what the window has room for. Returns whether it is full."""

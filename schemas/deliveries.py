@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+MAX_URL_BYTES = 2048  # of a receiver's: PostgreSQL has it in an index, which takes no more than 2704
+
 
 class DeliveryState(StrEnum):
     """Where a webhook is. The last two are final, unless the operator has it sent again."""

@@ -4,17 +4,30 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from schemas.assets import AssetKind, Names
 from schemas.errors import FieldError, InputError
 from schemas.settings import Limits
 
+MAX_URL = 8192  # characters; no store's signed URL is as long
+
+
+def _no_longer_than_urls(text: str) -> str:
+    """A data URI is as long as its file; what else names a picture is kept with the request as it is."""
+    if len(text) > MAX_URL and text[:5].lower() != "data:":
+        message = "A URL may have at most {max_length} characters"
+        raise PydanticCustomError("string_too_long", message, {"max_length": MAX_URL})
+    return text
+
+
 Prompt = Annotated[str, Field(max_length=32_768)]
+Url = Annotated[str, Field(min_length=1), AfterValidator(_no_longer_than_urls)]
 ImageUrl = Annotated[
-    str,
+    Url,
     Names(AssetKind.IMAGE),
-    Field(min_length=1, description="An http or https URL, a data URI, or a file of this server."),
+    Field(description="An http or https URL, a data URI, or a file of this server."),
 ]
 _SOURCE = Field(
     min_length=1,

@@ -166,9 +166,14 @@ def queue_path(path: str) -> QueuePath:
     verb = _TAILS.get(tuple(tail))
     if verb is None:
         raise NotFound(f"Path /{'/'.join(parts[at:])} not found")
-    if not _REQUEST_ID.fullmatch(request_id):
-        raise RequestNotFound(f"Request {request_id!r} not found")
+    check_request_id(request_id)
     return QueuePath(verb, app, request_id)
+
+
+def check_request_id(text: str) -> None:
+    """Raise RequestNotFound for what is no request's id: PostgreSQL takes not every text."""
+    if not _REQUEST_ID.fullmatch(text):
+        raise RequestNotFound(f"Request {text!r} not found")
 
 
 def application(endpoint_id: str) -> str:

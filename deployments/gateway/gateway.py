@@ -21,6 +21,7 @@ from deployments.gateway.keys import ANYONE
 from deployments.queue import Queue
 from pipelines import registry
 from schemas.access import Actor
+from schemas.deliveries import MAX_URL_BYTES
 from schemas.errors import AssetError, BadRequest, InternalError, NotFound, RequestNotFound
 from schemas.fields import EndpointInput
 from schemas.jobs import (
@@ -248,6 +249,8 @@ class Gateway:
         """Refuse what can be told without a look-up; the sender checks what the host leads to."""
         if url is None:
             return
+        if len(url.encode("utf-8", "surrogatepass")) > MAX_URL_BYTES:
+            raise BadRequest(f"fal_webhook: a URL may have at most {MAX_URL_BYTES} bytes.")
         try:
             self._receivers.check_text(url)
         except AssetError as error:

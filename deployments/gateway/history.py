@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from deployments.files.fetch import own_key
 from deployments.gateway import answers
+from deployments.gateway.addresses import check_request_id
 from deployments.gateway.gateway import Gateway
 from schemas.errors import BadRequest, DarkroomError
 from schemas.jobs import Record
@@ -37,9 +38,10 @@ class _History:
         query = request.query_params
         limit = _number(query.get("limit", str(DEFAULT_ITEMS)), "limit", 1, MAX_ITEMS)
         before = _number(query["cursor"], "cursor", 0, 10**18) if "cursor" in query else None
-        found = await self._gateway.recent(
-            request.state.tenant, limit + 1, before, query.getlist("endpoint_id")
-        )
+        endpoints = query.getlist("endpoint_id")
+        if any("\0" in each for each in endpoints):
+            raise BadRequest("endpoint_id must be text without NUL.")
+        found = await self._gateway.recent(request.state.tenant, limit + 1, before, endpoints)
         page, has_more = found[:limit], len(found) > limit
         expands = query.get("expand") == "payloads"
         return answers.Json(
@@ -53,7 +55,9 @@ class _History:
     async def erase(self, request: Request) -> Response:
         """Delete input, output, log, and the files of the output. Files of the input are left: other
         requests may name them."""
-        record = await self._gateway.erase(request.path_params["request_id"], request.state.actor)
+        request_id = request.path_params["request_id"]
+        check_request_id(request_id)
+        record = await self._gateway.erase(request_id, request.state.actor)
         output = record.result.body if record.result is not None else {}
         links = dict.fromkeys(_urls(output))
         return answers.Json(

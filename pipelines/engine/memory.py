@@ -15,7 +15,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # How allocators without an exception class of their own begin or end their RuntimeError.
-_SIGNS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_SIGNS = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # of a call of CUDA's own, such as pinning
+)
 
 
 def with_room(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

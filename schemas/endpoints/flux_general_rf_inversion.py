@@ -20,6 +20,7 @@ from schemas.fields import (
     LoraPath,
     Prompt,
     Seed,
+    Url,
     Variant,
     check_size,
     check_work,
@@ -49,9 +50,8 @@ def _count(value: Any) -> str:
     return "many" if isinstance(value, list) else "one"
 
 
-_Url = Annotated[str, Field(min_length=1)]
 _OneOrMany = Annotated[
-    Annotated[_Url, Tag("one")] | Annotated[list[_Url], Field(max_length=MAX_CONTROLS), Tag("many")],
+    Annotated[Url, Tag("one")] | Annotated[list[Url], Field(max_length=MAX_CONTROLS), Tag("many")],
     Discriminator(_count),
     Names(AssetKind.IMAGE),
 ]

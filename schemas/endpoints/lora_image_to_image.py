@@ -1,9 +1,11 @@
 """`fal-ai/lora/image-to-image`: any Stable Diffusion checkpoint, with adapters of every kind."""
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from schemas.assets import AssetKind, Names
 from schemas.errors import FieldError, InputError, Location
@@ -19,6 +21,7 @@ from schemas.fields import (
     PictureFile,
     Prompt,
     Seed,
+    Url,
     Variant,
     check_work,
 )
@@ -26,6 +29,7 @@ from schemas.settings import Limits
 
 MAX_LORAS = 32
 MAX_CONTROLS = 8  # of one kind
+MAX_SCALES = 2**16  # characters
 MAX_SCHEDULE = 151  # the last of 151 sigmas is where the 150th step leads
 
 _SOURCE = Field(min_length=1, max_length=4096)
@@ -93,13 +97,20 @@ def _count(value: Any) -> str:
     return "many" if isinstance(value, list) else "one"
 
 
-_Url = Annotated[str, Field(min_length=1)]
 _OneOrMany = Annotated[
-    Annotated[_Url, Tag("one")]
-    | Annotated[list[_Url], Field(min_length=1, max_length=MAX_CONTROLS), Tag("many")],
+    Annotated[Url, Tag("one")]
+    | Annotated[list[Url], Field(min_length=1, max_length=MAX_CONTROLS), Tag("many")],
     Discriminator(_count),
     Names(AssetKind.IMAGE),
 ]
+
+
+def _of_moderate_length(scales: dict[str, Any]) -> dict[str, Any]:
+    """What it holds is looked at when the adapter is there; until then it is kept with the request."""
+    if len(json.dumps(scales)) > MAX_SCALES:
+        message = "The scales may have at most {max_length} characters as JSON"
+        raise PydanticCustomError("too_long", message, {"max_length": MAX_SCALES})
+    return scales
 
 
 class IPAdapter(InputPart):
@@ -114,7 +125,7 @@ class IPAdapter(InputPart):
     weight_name: FileName | None = None
     insight_face_model_path: FacePath | None = None
     scale: float = Field(1, ge=0)
-    scale_json: dict[str, Any] = Field(
+    scale_json: Annotated[dict[str, Any], AfterValidator(_of_moderate_length)] = Field(
         {}, max_length=100, description="Scales by block, as diffusers takes them; goes before scale."
     )
     unconditional_noising_factor: float = Field(0, ge=0, le=1)

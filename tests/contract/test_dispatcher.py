@@ -12,7 +12,7 @@ from opentelemetry.trace import SpanContext
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from deployments.dispatcher import Dispatcher
+from deployments.dispatcher import HASTE_S, Dispatcher
 from deployments.queue import Queue, insistence, open_database
 from deployments.queue.insistence import insist
 from pipelines.registry import endpoint
@@ -405,6 +405,16 @@ async def test_a_database_that_is_away_for_longer_than_a_lease_costs_no_start(
     model.open.set()
     assert (await end(queue, job)).status == 200
     assert len(model.order) == 1
+
+
+async def test_what_is_overdue_by_the_clock_of_one_that_does_not_lead_makes_it_look_no_faster(
+    queue: Queue, model: ScriptedModel, clock: Clock
+) -> None:
+    assert await queue.leads("upkeep", "another")
+    dispatcher = Dispatcher(queue, LEASE, model.connect, lambda name: endpoint(name).input_type())
+    await queue.submit(make_job(start_timeout_s=1.0))
+    clock.now += 2  # for the leader it is not yet
+    assert [await dispatcher._look() for _ in range(2)] == [HASTE_S] * 2
 
 
 async def test_a_run_whose_lease_lapsed_unseen_is_stopped_when_the_job_is_claimed_again(

@@ -1,6 +1,7 @@
 """What the queue promises, on every store."""
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from deployments.queue import Queue, Setback, open_audit
 from deployments.queue.queue import LEAD_S
 from deployments.queue.tables import deliveries, metadata
 from deployments.queue.upkeep import UNKEPT_S
+from schemas.deliveries import MAX_URL_BYTES
 from schemas.errors import BadRequest, KeyReused, QueueFull
 from schemas.jobs import (
     CancelOutcome,
@@ -410,6 +412,12 @@ async def test_a_job_that_never_began_keeps_its_start_deadline(
     assert await claim(queue) == []
     assert await queue.sweep() == 1
     assert (await result(queue, job)).error_type == "request_timeout"
+
+
+async def test_the_longest_webhook_that_is_taken_can_be_owed(queue: Queue) -> None:
+    url = f"https://there.example/{secrets.token_urlsafe(MAX_URL_BYTES)}"[:MAX_URL_BYTES]
+    await queue.submit(make_job(webhook_url=url))
+    assert await queue.finish(await only_claim(queue), JobResult.success(OUTPUT, 0.5))
 
 
 async def test_a_webhook_is_owed_in_the_transaction_that_ends_the_job(queue: Queue) -> None:

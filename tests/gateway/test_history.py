@@ -1,11 +1,12 @@
 """A caller's own past."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.support.gateway import PICTURE, Place
+from tests.support.gateway import PICTURE, Place, gateway_at_work
 from tests.support.jobs import ENDPOINT
 
 APP = "fal-ai/flux"
@@ -112,3 +113,20 @@ async def test_a_running_request_keeps_its_payloads(alice: httpx.AsyncClient, pl
     receipt = (await alice.post(f"/queue/{ENDPOINT}", json={"prompt": "a cat"})).json()
     answer = await alice.delete(f"/v1/models/requests/{receipt['request_id']}/payloads")
     assert (answer.status_code, answer.json()["error_type"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models/requests?endpoint_id=%00", 400),
+        ("DELETE", "/v1/models/requests/%00/payloads", 404),
+    ],
+)
+async def test_what_postgresql_takes_for_no_text_is_a_callers_mistake(
+    method: str, path: str, status: int, postgres_url: str, tmp_path: Path
+) -> None:
+    async with (
+        gateway_at_work(tmp_path, queue_url=postgres_url) as place,
+        httpx.AsyncClient(base_url=place.url, timeout=30) as client,
+    ):
+        assert (await client.request(method, path)).status_code == status

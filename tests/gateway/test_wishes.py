@@ -55,6 +55,14 @@ async def test_a_malformed_wish_is_named(name: str, text: str, alice: httpx.Asyn
     assert name in answer.json()["detail"]
 
 
+async def test_a_webhook_that_the_queue_could_never_owe_is_refused(alice: httpx.AsyncClient) -> None:
+    """Its request could not end, nor could any that was swept beside it."""
+    for rest in ("x" * 2100, "ü" * 1030):
+        asked = {"fal_webhook": f"https://there.example/{rest}"}
+        answer = await alice.post(f"/queue/{ENDPOINT}", json=CAT, params=asked)
+        assert (answer.status_code, "2048 bytes" in answer.json()["detail"]) == (400, True)
+
+
 async def test_files_are_kept_as_long_as_the_server_says_unless_the_caller_does(tmp_path: Path) -> None:
     wish = {"X-Fal-Object-Lifecycle-Preference": '{"expiration_duration_seconds": 60}'}
     announced = {"content_type": "image/png", "file_name": "cat.png"}

@@ -47,11 +47,16 @@ class Place:
 
 @asynccontextmanager
 async def gateway_at_work(
-    folder: Path, *, keys: str = "", connect: Connect | None = None, **settings: Any
+    folder: Path,
+    *,
+    keys: str = "",
+    connect: Connect | None = None,
+    queue_url: str | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Place]:
     """A gateway that serves every endpoint. Its model draws `PICTURE` once its gate is open, unless another
     is connected. At the end no secret of its keys is in any answer, log line or file (t23)."""
-    files_url, queue_url = f"file://{folder}/files", f"sqlite:///{folder}/queue.sqlite3"
+    files_url, queue_url = f"file://{folder}/files", queue_url or f"sqlite:///{folder}/queue.sqlite3"
     front = FrontSettings(files_url=files_url, queue_url=queue_url, **settings)
     catalogue = Catalogue.model_validate({"models": {"every": {"endpoints": list(registry.ENDPOINTS)}}})
     queue, files, model = open_queue(queue_url, front.lease), open_files(files_url), ScriptedModel()

@@ -69,6 +69,7 @@ def test_t29_the_failures_frames_hold_nothing_when_it_is_tried_again() -> None:
             True,
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (torch.AcceleratorError("CUDA error: out of memory", 2), True),
         (RuntimeError("shapes do not match"), False),
         (ValueError("DefaultCPUAllocator"), False),
     ],

@@ -12,10 +12,12 @@ from schemas.endpoints import flux_general_rf_inversion as rf
 from schemas.endpoints import lora_image_to_image as universal
 from schemas.endpoints.flux_dev import Input, Output
 from schemas.errors import InputError
+from schemas.fields import MAX_URL
 from schemas.settings import Limits
 
 LIMITS = Limits()
-UNIVERSAL = "fal-ai/lora/image-to-image"
+UNIVERSAL, INVERSION = "fal-ai/lora/image-to-image", "fal-ai/flux-general/rf-inversion"
+LONG = "https://there.example/" + "x" * MAX_URL
 
 
 def refusals(kind: type[Any], fields: dict[str, Any], limits: Limits = LIMITS) -> list[tuple[list[Any], str]]:
@@ -48,6 +50,33 @@ def test_bounds_hold_to_the_number(endpoint_id: str, name: str, least: float, mo
         validate(schema.Input, schema.EXAMPLE | {name: good}, LIMITS)
     for bad, kind in ((least - 1, "greater_than_equal"), (most + 1, "less_than_equal")):
         assert refusals(schema.Input, schema.EXAMPLE | {name: bad}) == [(["body", name], kind)]
+
+
+@pytest.mark.parametrize(
+    ("endpoint_id", "fields", "place"),
+    [
+        ("fal-ai/flux-lora/image-to-image", {"image_url": LONG}, ["image_url"]),
+        (INVERSION, {"fill_image": {"fill_image_url": LONG}}, ["fill_image", "fill_image_url"]),
+        (INVERSION, {"fill_image": {"fill_image_url": ["x", LONG]}}, ["fill_image", "fill_image_url", 1]),
+        (UNIVERSAL, {"image_url": LONG}, ["image_url"]),
+    ],
+)
+def test_t16_no_url_of_a_picture_is_longer_than_urls_are(
+    endpoint_id: str, fields: dict[str, Any], place: list[Any]
+) -> None:
+    """It would lie in the queue's database, however large the body that it came in."""
+    schema = endpoint(endpoint_id).schema()
+    assert refusals(schema.Input, schema.EXAMPLE | fields) == [(["body", *place], "string_too_long")]
+    validate(schema.Input, schema.EXAMPLE | {"image_url": f"data:,{LONG}"}, LIMITS)
+
+
+def test_t16_scales_are_no_place_for_books() -> None:
+    adapter = {"path": "x", "ip_adapter_image_url": "x", "scale_json": {"down": {"block_1": [0.5] * 1000}}}
+    schema = endpoint(UNIVERSAL).schema()
+    validate(schema.Input, schema.EXAMPLE | {"ip_adapter": [adapter]}, LIMITS)
+    long = adapter | {"scale_json": {"down": "x" * universal.MAX_SCALES}}
+    found = refusals(schema.Input, schema.EXAMPLE | {"ip_adapter": [long]})
+    assert found == [(["body", "ip_adapter", 0, "scale_json"], "too_long")]
 
 
 @pytest.mark.parametrize("endpoint_id", list(ENDPOINTS))
