@@ -7,6 +7,8 @@ Its folder holds
     hosts.pem    the certificate for fal's host names and its key, issued anew before it expires
     bundle.pem   the public authorities and ours, for programs that take one file
 
+What an older version drew for fewer host names is drawn anew.
+
 The authority's certificate is constrained to fal's domains: even whoever steals the key can pose as no
 other host. Only programs that are given ca.pem or bundle.pem trust it; no system-wide store is touched.
 """
@@ -46,7 +48,7 @@ def user_folder() -> Path:
 
 
 class Authority:
-    """The authority in a folder, drawn where there is none or the old one is about to expire."""
+    """The authority in a folder, drawn where there is none or the old one is of no use any more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,12 +78,24 @@ class Authority:
 
 
 def _is_fresh(path: Path) -> bool:
-    """Whether the certificate is there and will be valid for a while."""
+    """Whether the certificate is there, for these names, and will be valid for a while."""
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return False
-    return certificate.not_valid_after_utc - datetime.now(UTC) > timedelta(days=RENEWAL_DAYS)
+    left = certificate.not_valid_after_utc - datetime.now(UTC)
+    return left > timedelta(days=RENEWAL_DAYS) and _names(certificate) == set(HOSTS)
+
+
+def _names(certificate: x509.Certificate) -> set[str]:
+    """Of an authority, which hosts it may certify; of a certificate of hosts, which."""
+    for extension in certificate.extensions:
+        match extension.value:
+            case x509.NameConstraints(permitted_subtrees=trees):
+                return {name.value for name in trees or ()}
+            case x509.SubjectAlternativeName() as names:
+                return set(names.get_values_for_type(x509.DNSName))
+    return set()
 
 
 def _found(folder: Path) -> None:

@@ -9,6 +9,7 @@ PREFIXES = {
     "rest.fal.ai": "/rest",
     "rest.alpha.fal.ai": "/rest",
     "v3.fal.media": "/cdn",
+    "fal.media": "/cdn",  # fal's Python client before 0.5
 }
 _DOMAINS = ("fal.run", "fal.ai", "fal.media", "falrun.com")  # the last are the Python client's backups
 

@@ -7,6 +7,7 @@ const PREFIXES = {
   "rest.fal.ai": "/rest",
   "rest.alpha.fal.ai": "/rest",
   "v3.fal.media": "/cdn",
+  "fal.media": "/cdn",
 };
 const server = process.env.DARKROOM_URL;
 

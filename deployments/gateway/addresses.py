@@ -8,6 +8,9 @@ other way are brought to that form, in this order:
 3. a host name of fal's, or one that begins like it (`queue.`, `rest.`, `v3.`);
 4. a bare path: the queue if it names a request or carries what only submits carry, else a run.
 
+Some clients, such as Hugging Face's, follow a URL that we told by its path alone, below what they take for
+the service's base: of two prefixes, `/queue/queue/…`, the second counts.
+
 fal keeps files on the CDN; here `/cdn/files/…` is another name of `/files/…`. What fal's platform tells of
 its models, here `/v1/…` and `/openapi/…`, has no prefix, nor have the pages of the playground. The keys that
 webhooks are verified by are at `/.well-known/jwks.json`, whatever the host is called.
@@ -38,6 +41,7 @@ _HOSTS = {
     "rest.alpha.fal.ai": "rest",
     "v3.fal.media": "cdn",
     "v3b.fal.media": "cdn",
+    "fal.media": "cdn",  # fal's Python client before 0.5
 }
 _PLATFORM_HOSTS = ("api.fal.ai", "fal.ai")
 _HOST_PREFIXES = {"queue.": "queue", "rest.": "rest", "v3.": "cdn"}
@@ -60,8 +64,8 @@ def canonical(path: str, query: str, headers: Mapping[str, str]) -> Address:
     Raises BadRequest for a proxy call without a target, TargetRefused for a target that is not fal's or ours.
     """
     address = _prefixed(path, query, headers)
-    is_file = address.path.startswith(f"/cdn{FILES}")
-    return Address(address.path.removeprefix("/cdn"), address.query) if is_file else address
+    path = _without_base(address.path)
+    return Address(path.removeprefix("/cdn") if path.startswith(f"/cdn{FILES}") else path, address.query)
 
 
 def _prefixed(path: str, query: str, headers: Mapping[str, str]) -> Address:
@@ -84,6 +88,12 @@ def parse_url(text: str) -> SplitResult | None:
         return None
     is_plain = _NETLOC.fullmatch(url.netloc) is not None
     return url if url.scheme in ("http", "https") and is_plain else None
+
+
+def _without_base(path: str) -> str:
+    """What is left of two prefixes."""
+    rest = path.removeprefix(f"/{_prefix(path)}")
+    return rest if _prefix(path) in SERVICES and _prefix(rest) in SERVICES else path
 
 
 def _prefix(path: str) -> str:

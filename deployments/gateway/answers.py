@@ -169,10 +169,10 @@ def _urls(job: Job, base_url: str) -> dict[str, str]:
 def _line(event: Event) -> dict[str, Any] | None:
     if not isinstance(event.event, Logged):
         return None
+    labels = {"level": event.event.level, "source": "USER"}
     return {
         "message": event.event.message,
-        "level": event.event.level,
-        "source": "USER",
+        **labels,
         "timestamp": datetime.fromtimestamp(event.at, UTC).isoformat(),
-        "labels": {},
+        "labels": labels,  # where fal's Swift and Java clients read them
     }

@@ -8,7 +8,9 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-PING_S = 15.0  # a comment after so long without an event keeps the connection open
+# A comment after so long without an event keeps the connection open. OkHttp, on which fal's Java and Kotlin
+# clients stand, gives one up that is silent for 10 s.
+PING_S = 5.0
 
 
 class EventStream(StreamingResponse):

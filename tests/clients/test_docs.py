@@ -97,6 +97,7 @@ def desk(
     environment |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "XDG_DATA_HOME": str(folder),
+        "HF_HUB_OFFLINE": "0",  # or Hugging Face's client asks nobody
     }
     with receiving() as receiver:
         yield Desk(folder, server, receiver.url, environment)

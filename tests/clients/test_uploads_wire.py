@@ -392,6 +392,7 @@ def test_every_way_in_begins_an_upload(path: str, headers: dict[str, str], alice
         ("/cdn/files/upload", {}),
         ("/files/upload", {}),
         ("/files/upload", {"host": "v3.fal.media"}),
+        ("/files/upload", {"host": "fal.media"}),  # the Python client before 0.5, with its key
         ("/api/fal/proxy", {"x-fal-target-url": "https://v3.fal.media/files/upload"}),
     ],
 )

@@ -20,6 +20,12 @@ ID = "0f5c2a3b-1111-4222-8333-0123456789ab"
         ("/files/upload", "", {"host": "v3.fal.media"}, "/files/upload"),
         ("/cdn/files/upload/multipart", "", {}, "/files/upload/multipart"),  # the CDN's files are ours
         ("/cdn/tokens", "", {}, "/cdn/tokens"),
+        # what follows our URLs by their paths, below fal's hosts or a base of ours
+        ("/queue/queue/fal-ai/flux/dev", "", {}, "/queue/fal-ai/flux/dev"),
+        ("/run/queue/fal-ai/flux/dev", "", {}, "/queue/fal-ai/flux/dev"),
+        ("/queue/cdn/files/upload", "", {}, "/files/upload"),
+        ("/queue/queue/queue/fal-ai", "", {}, "/queue/queue/fal-ai"),  # but once
+        ("//run/queue/fal-ai", "", {}, "//run/queue/fal-ai"),
         ("/fal-ai/flux/dev", "", {"host": "box"}, "/run/fal-ai/flux/dev"),
         ("/fal-ai/flux/dev", "fal_webhook=http%3A%2F%2Fx", {}, "/queue/fal-ai/flux/dev"),
         ("/fal-ai/flux/dev", "fal_max_queue_length=3", {}, "/queue/fal-ai/flux/dev"),
@@ -47,6 +53,8 @@ def test_an_address_gets_its_prefix(path: str, query: str, headers: dict[str, st
         ("https://rest.alpha.fal.ai/tokens/", "/rest/tokens/", ""),
         ("https://v3.fal.media/files/upload?x=1", "/files/upload", "x=1"),
         ("https://v3b.fal.media/files/upload", "/files/upload", ""),
+        ("https://fal.media/files/upload", "/files/upload", ""),
+        ("https://queue.fal.run/queue/fal-ai/flux/dev", "/queue/fal-ai/flux/dev", ""),
         ("http://box:8000/queue/fal-ai/flux/dev", "/queue/fal-ai/flux/dev", ""),  # our own address
     ],
 )

@@ -11,7 +11,7 @@ from cryptography import x509
 from deployments.connect import authority
 from deployments.connect.authority import HOSTS, Authority
 
-FAL = {"fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media"}
+FAL = {"fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media", "fal.media"}
 
 
 @pytest.fixture
@@ -69,6 +69,16 @@ def test_an_authority_about_to_expire_is_replaced(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     assert Authority(tmp_path / "connect").certificate.read_bytes() != old
     assert [path.name for path in tmp_path.iterdir()] == ["connect"]
+
+
+def test_an_authority_for_fewer_hosts_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that an older version has drawn may not certify what this one answers for."""
+    monkeypatch.setattr(authority, "HOSTS", HOSTS[:-1])
+    old = Authority(tmp_path / "connect").certificate.read_bytes()
+    monkeypatch.undo()
+    new = Authority(tmp_path / "connect")
+    assert new.certificate.read_bytes() != old
+    certificate(new.folder / "hosts.pem").verify_directly_issued_by(certificate(new.certificate))
 
 
 def test_the_bundle_adds_to_what_is_trusted_already(ours: Authority, tmp_path: Path) -> None:

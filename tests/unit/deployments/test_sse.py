@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
+from deployments.gateway import sse
 from deployments.gateway.sse import EventStream
 
 SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}
@@ -53,3 +54,23 @@ async def test_a_reader_that_left_before_the_first_byte_is_noticed(spec_version:
     with pytest.raises(BaseException):  # noqa: B017 - which one is the server's affair
         await stream(scope, disconnected, send)
     assert closed == [True]
+
+
+async def test_a_stream_without_events_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2 * sse.PING_S <= 10  # OkHttp's patience
+    monkeypatch.setattr(sse, "PING_S", 0.01)
+    pinged = asyncio.Event()
+
+    async def late() -> AsyncIterator[dict[str, Any]]:
+        await pinged.wait()
+        yield {"a": 1}
+
+    sent: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message.get("body", b""))
+        if sent[-1] == b": ping\n\n":
+            pinged.set()
+
+    await EventStream(late(), {})(SCOPE, connected, send)
+    assert sent[-2] == b'data: {"a":1}\n\n' and b": ping\n\n" in sent
