@@ -45,7 +45,7 @@ from tests.support.server import Server
 
 REPEATS, SECONDS, WARM_UP_S, IDLE_S = 3, 2.0, 1.0, 5.0
 FEW, MANY = 1, 8  # calls at once
-SIDES, STEPS, STRENGTH = (128, 256), 8, 0.85
+SHAPES = ((128, 8), (256, 8), (128, 28))  # side in pixels, steps; 28 are what fal does unless it is told
 ROUNDING, JPEG_APART = 1, 12  # of 255
 REMAKE = "fal-ai/flux-lora/image-to-image"
 OURS, HAPROXY = "darkroom", "Ray Serve, HAProxy"
@@ -55,29 +55,28 @@ WITH_HAPROXY = THROUGHPUT | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 CAPTION = f"median (range) of {REPEATS} interleaved repeats; idle CPU-ms: of it, used without any call"
 
 Fields = dict[str, Any]
-Wish = Callable[[int, int], Fields]  # of a number and a side in pixels
+Wish = Callable[[int, int, int], Fields]  # of a number, a side in pixels, steps
 
 
-def text(number: int, side: int) -> Fields:
+def text(number: int, side: int, steps: int) -> Fields:
     return {
         "prompt": f"lighthouse {number}",
         "image_size": {"width": side, "height": side},
-        "num_inference_steps": STEPS,
+        "num_inference_steps": steps,
         "seed": number,
         "enable_safety_checker": False,
         "sync_mode": True,
     }
 
 
-def remake(number: int, side: int) -> Fields:
+def remake(number: int, side: int, steps: int) -> Fields:
     """From a start picture of its own, with another LoRA than its neighbours."""
     start = Image.linear_gradient("L").rotate(number).resize((side, side)).convert("RGB")
-    return text(number, side) | {
+    return text(number, side, steps + 1) | {
         "prompt": f"lighthouse {number}, remade",
         "image_url": f"data:image/jpeg;base64,{b64encode(images.encode(start, 'jpeg')).decode()}",
         "loras": [{"path": NAMES[number % len(NAMES)]}],
-        "strength": STRENGTH,
-        "num_inference_steps": STEPS + 1,  # of which it does without the first
+        "strength": (steps - 0.5) / (steps + 1),  # all steps but the first
     }
 
 
@@ -165,8 +164,8 @@ def contenders(folder: Path, loras: Path, batch: int) -> Iterator[dict[str, Cont
 def check(stock: Stock, found: Mapping[str, Contender]) -> None:
     """Every server draws what diffusers' pipeline does in this process, many at once."""
     for wish in WORK.values():
-        for side in SIDES:
-            asked = [wish(number, side) | {"output_format": "png"} for number in range(MANY)]
+        for side, steps in SHAPES:
+            asked = [wish(number, side, steps) | {"output_format": "png"} for number in range(MANY)]
             answers = stock.answer([read(fields) for fields in asked])
             expected = [_pixels(b64decode(answer["image"])) for answer in answers]
             assert _apart(expected[0], expected[1]) > 2 * JPEG_APART, "two seeds draw the same"
@@ -175,7 +174,7 @@ def check(stock: Stock, found: Mapping[str, Contender]) -> None:
                 with ThreadPoolExecutor(MANY) as callers:
                     drawn = [_pixels(file) for file in callers.map(contender.draw, asked)]
                 apart = max(map(_apart, drawn, expected))
-                assert apart <= most, f"{name}, {side} px: pictures differ by {apart} of 255"
+                assert apart <= most, f"{name}, {side} px, {steps} steps: pictures differ by {apart} of 255"
 
 
 def _pixels(file: bytes) -> NDArray[Any]:
@@ -269,15 +268,15 @@ def pictures(found: Mapping[str, Contender], at_once: int) -> list[Row]:
     """Each request with its own text, seed and start picture; ratio: ours over this one."""
     rows: list[Row] = []
     for work, wish in WORK.items():
-        for side in SIDES:
-            wishes = {name: (wish(number, side) for number in count()) for name in found}
+        for side, steps in SHAPES:
+            wishes = {name: (wish(number, side, steps) for number in count()) for name in found}
             taken = measure({name: over_http(each, at_once, wishes[name]) for name, each in found.items()})
             ours = next(iter(taken.values()))["CPU-ms"]
             for name, columns in taken.items():
                 rows.append(
                     {
                         "work": work,
-                        "size": f"{side} px",
+                        "size": f"{side} px, {steps} steps",
                         "at once": float(at_once),
                         "by": name,
                         "per CPU-s": [1e3 / each for each in columns["CPU-ms"]],
@@ -328,7 +327,7 @@ def run(folder: Path, file: Path | None) -> None:
         measure_idle(found)
         rows += pictures(found, MANY)
     show(
-        f"servers: pictures a CPU second, {STEPS} steps, LoRAs of rank {RANK}",
+        f"servers: pictures a CPU second, LoRAs of rank {RANK}",
         rows,
         f"{CAPTION}; ratio: ours over this one. Checked before: pictures of all differ by at most {ROUNDING} "
         f"of 255, those told as JPEG by at most {JPEG_APART}. {pictures_aim(rows)}",

@@ -17,7 +17,13 @@ from pipelines import zoo
 def test_a_server_draws_what_the_pipeline_does_and_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"SIDES": (64,), "SECONDS": 0.1, "WARM_UP_S": 0, "REPEATS": 1, "MANY": 2}.items():
+    for name, value in {
+        "SHAPES": ((64, 2),),
+        "SECONDS": 0.1,
+        "WARM_UP_S": 0,
+        "REPEATS": 1,
+        "MANY": 2,
+    }.items():
         monkeypatch.setattr(servers, name, value)
     loras = tmp_path / "loras"
     write_loras(loras, FluxPipeline.from_pretrained(zoo.locate("flux")).transformer, NAMES[:2])
@@ -39,10 +45,10 @@ def test_requests_of_one_call_have_their_own_loras(tmp_path: Path) -> None:
     loras = tmp_path / "loras"
     write_loras(loras, FluxPipeline.from_pretrained(zoo.locate("flux")).transformer, NAMES[:2])
     stock = Stock(loras)
-    one, two = (read(servers.remake(number, 64)) for number in range(2))
+    one, two = (read(servers.remake(number, 64, 2)) for number in range(2))
     alone = [stock.draw([request])[0].tobytes() for request in (one, two)]
     assert [picture.tobytes() for picture in stock.draw([one, two])] == alone
-    exchanged = read(servers.remake(0, 64) | {"loras": [{"path": NAMES[1]}]})
+    exchanged = read(servers.remake(0, 64, 2) | {"loras": [{"path": NAMES[1]}]})
     assert stock.draw([exchanged])[0].tobytes() != alone[0]
 
 
