@@ -26,7 +26,7 @@ def test_a_server_draws_what_the_pipeline_does_and_is_measured(
     }.items():
         monkeypatch.setattr(servers, name, value)
     loras = tmp_path / "loras"
-    write_loras(loras, FluxPipeline.from_pretrained(zoo.locate("flux")).transformer, NAMES[:2])
+    write_loras(loras, FluxPipeline.from_pretrained(zoo.locate("flux")).transformer, NAMES)
     stock = Stock(loras)
     with peer("benchmarks.fastapi_stock", loras) as server:
         found = {"FastAPI": servers.Contender(server)}
