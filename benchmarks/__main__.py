@@ -13,6 +13,7 @@ from benchmarks import (
     routing,
     scaling,
     scaling_nodes,
+    servers,
     stable_diffusion,
     webhooks,
     zoo,
@@ -21,6 +22,7 @@ from benchmarks import (
 measure.header()
 for benchmark in (
     overhead,
+    servers,
     queue_throughput,
     webhooks,
     protocol,

@@ -8,26 +8,24 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from PIL.Image import Image as Picture
 
 from benchmarks.measure import Row, arguments, header, show
 from benchmarks.ours import Ours
+from benchmarks.stock import TEXT_TOKENS, Stock
 from pipelines import zoo
 from pipelines.flux.flux_dev import Pipeline
 from pipelines.flux.model import FluxModel
 from schemas.endpoints.flux_dev import Input
-from schemas.fields import resolve
 from schemas.settings import ModelSettings
 from tests.support.jobs import ENDPOINT
 
 REPEATS, STEPS, TOLERANCE = 3, 8, 1e-3
 PICTURES = {64: 48, 512: 12}  # side in pixels → pictures a measurement
-SETTINGS = ModelSettings(model="zoo:flux", endpoints=(ENDPOINT,), max_sequence_length=32)
+SETTINGS = ModelSettings(model="zoo:flux", endpoints=(ENDPOINT,), max_sequence_length=TEXT_TOKENS)
 Draw = Callable[[Input], Picture]
 
 
@@ -45,31 +43,14 @@ def wish(side: int, seed: int) -> Input:
 class Plain:
     """One call after the other, whoever calls."""
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Stock) -> None:
         self._stock = stock
         self._lock = Lock()
-
-    def latents(self, request: Input) -> torch.Tensor:
-        found: torch.Tensor = self._call(request, "latent")[0]
-        return found
+        self.latents = stock.latents
 
     def draw(self, request: Input) -> Picture:
-        picture: Picture = self._call(request, "pil")[0]
-        return picture
-
-    def _call(self, request: Input, output: str) -> Any:
-        assert request.seed is not None
         with self._lock:
-            return self._stock(
-                prompt=request.prompt,
-                width=resolve(request.image_size).width,
-                height=resolve(request.image_size).height,
-                num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
-                generator=torch.Generator("cpu").manual_seed(request.seed),
-                max_sequence_length=SETTINGS.max_sequence_length,
-                output_type=output,
-            ).images
+            return self._stock.draw([request])[0]
 
 
 def difference(ours: Ours, plain: Plain, side: int) -> float:
@@ -114,10 +95,8 @@ def compare(ours: Ours, plain: Plain, side: int, concurrent: int) -> Row:
 
 def main() -> None:
     options = arguments("The engine beside a plain diffusers pipeline.")
-    folder = zoo.locate("flux")
-    stock = FluxPipeline.from_pretrained(folder)
-    stock.set_progress_bar_config(disable=True)
-    model, plain, rows, worst = FluxModel.load(SETTINGS, lambda _: folder), Plain(stock), [], 0.0
+    model = FluxModel.load(SETTINGS, lambda _: zoo.locate("flux"))
+    plain, rows, worst = Plain(Stock()), [], 0.0
     for threads in (1, 2):
         torch.set_num_threads(threads)
         ours = Ours(Pipeline(model), SETTINGS.batch_tokens)

@@ -22,8 +22,10 @@ class Tally:
 
 def request(url: str, method: str, path: str, body: bytes = b"") -> bytes:
     """The bytes of an HTTP request."""
-    lines = f"{method} {path} HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\ncontent-length: {len(body)}\r\n\r\n"
-    return lines.encode() + body
+    lines = [f"{method} {path} HTTP/1.1", f"host: {urlsplit(url).netloc}", f"content-length: {len(body)}"]
+    if body:
+        lines.append("content-type: application/json")
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def drive(

@@ -11,16 +11,12 @@ diffusers draws the start picture's latents from the VAE's posterior, ours takes
 Latents and pictures of all are compared before anything is timed.
 """
 
-import os
-import sys
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from subprocess import DEVNULL, Popen
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +31,7 @@ from PIL.Image import Image as Picture
 
 from benchmarks.measure import Row, arguments, cpu_s, header, show
 from benchmarks.ours import Ours
+from benchmarks.peers import peer
 from pipelines import zoo
 from pipelines.engine.sample import Sample
 from pipelines.preprocess import canny
@@ -44,7 +41,6 @@ from schemas.endpoints.fast_sdxl_controlnet_canny_image_to_image import Input
 from schemas.fields import ImageSize
 from schemas.settings import ModelSettings
 from tests.support.assets import given
-from tests.support.server import Server, free_port
 
 REPEATS, TOLERANCE = 3, 1e-3
 PICTURES = {128: 32, 256: 8}  # side in pixels → pictures a measurement
@@ -186,26 +182,12 @@ class LitServe:
 
 @contextmanager
 def litserve(batch: int) -> Iterator[LitServe]:
-    """LitServe on the stock pipeline, in a session of its own, until the end of the block."""
-    port = free_port()
-    command = [sys.executable, "-m", "benchmarks.litserve_stock", str(port), str(batch)]
-    process = Popen(command, stdout=DEVNULL, stderr=DEVNULL, text=True, start_new_session=True)
-    server = Server(f"http://127.0.0.1:{port}", process, Path(os.devnull))
-    try:
-        with httpx.Client(base_url=server.url, timeout=120) as http:
-            wait_until_ready(http, process)
-            yield LitServe(http)
-    finally:
-        server.kill()
-
-
-def wait_until_ready(http: httpx.Client, process: "Popen[str]") -> None:
-    while True:
-        assert process.poll() is None, "LitServe did not start; is the extra `bench` installed?"
-        with suppress(httpx.TransportError):
-            if http.get("/health").is_success:
-                return
-        time.sleep(0.2)
+    """LitServe on the stock pipeline until the end of the block."""
+    with (
+        peer("benchmarks.litserve_stock", batch, "sdxl") as server,
+        httpx.Client(base_url=server.url, timeout=120) as http,
+    ):
+        yield LitServe(http)
 
 
 @dataclass(frozen=True, slots=True)

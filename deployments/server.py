@@ -255,18 +255,24 @@ def stop() -> None:
 
 
 def prepare_environment() -> None:
-    """Set what Ray reads when it is imported.
-
-    Serve's inner ports are fixed by default and shared by address reuse: two servers on one machine
-    would answer each other's requests. Ours are looked for.
-    """
-    for name, value in DEFAULT_ENVIRONMENT.items():
+    """Set what Ray reads when it is imported."""
+    for name, value in (DEFAULT_ENVIRONMENT | inner_ports()).items():
         os.environ.setdefault(name, value)
+
+
+def inner_ports() -> dict[str, str]:
+    """Free ports for Serve's own use, as its environment.
+
+    They are fixed by default and shared by address reuse: two servers on one machine would answer each
+    other's requests.
+    """
     first = free_ports(REPLICA_PORTS + len(INNER_PORTS))
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", str(first))
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", str(first + REPLICA_PORTS - 1))
-    for port, name in enumerate(INNER_PORTS, start=first + REPLICA_PORTS):
-        os.environ.setdefault(name, str(port))
+    replicas = {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
+    }
+    inner = enumerate(INNER_PORTS, start=first + REPLICA_PORTS)
+    return replicas | {name: str(port) for port, name in inner}
 
 
 def free_ports(count: int) -> int:
