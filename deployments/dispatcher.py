@@ -148,9 +148,7 @@ class Dispatcher:
     async def _look(self) -> float:
         """Do what there is to do. Returns the seconds until something falls due."""
         now = self._queue.now()
-        if now >= self._next_sweep and await self._queue.leads("upkeep", self.owner):
-            await self._queue.sweep()
-            await self._gauges.measure(self._queue, self._windows)
+        is_due = now >= self._next_sweep
         waiting = await self._queue.waiting(self.owner, self._windows)
         self._next_sweep = min(now + IDLE_S, waiting.next_due or now + IDLE_S)
         for request_id in waiting.cancelled & self._runs.keys():
@@ -158,6 +156,9 @@ class Dispatcher:
         full = [model for model in waiting.models if await self._fill(model)]
         for model in full:
             await self._foresee(model)
+        if is_due and await self._queue.leads("upkeep", self.owner):  # last: where it fails, the rest is done
+            await self._queue.sweep()
+            await self._gauges.measure(self._queue, self._windows)
         return min(IDLE_S, max(HASTE_S, self._next_sweep - self._queue.now()))  # the clock may be set
 
     async def _fill(self, model: str) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, cast
@@ -135,11 +136,12 @@ async def test_no_more_than_the_window_is_handed_over(
 
 
 async def test_a_window_full_of_low_priority_has_room_for_normal_ones(
-    queue: Queue, dispatcher: Dispatcher, model: ScriptedModel
+    queue: Queue, make_dispatcher: Make, model: ScriptedModel
 ) -> None:
     low = [make_job(priority=Priority.LOW) for _ in range(4)]
     for job in low:
         await queue.submit(job)
+    await make_dispatcher()
     await asyncio.wait_for(model.began.acquire(), 10)
     normal = [make_job() for _ in range(3)]
     for job in normal:
@@ -747,6 +749,20 @@ async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
     ended = await end(queue, job)
     assert (ended.status, ended.error_type) == (504, "request_timeout")
     await asyncio.wait_for(model.stopped.wait(), 10)
+
+
+async def test_a_request_that_cannot_be_ended_stops_no_other(
+    queue: Queue, make_dispatcher: Make, model: ScriptedModel, clock: Clock
+) -> None:
+    """Its webhook cannot be kept, where an index of PostgreSQL takes no text of this length."""
+    hook = f"https://example.invalid/{secrets.token_urlsafe(5000)}"
+    await queue.submit(make_job(model="elsewhere", start_timeout_s=5.0, webhook_url=hook))
+    clock.now += 6
+    await make_dispatcher()
+    model.open.set()
+    job = make_job()
+    await queue.submit(job)
+    assert (await end(queue, job)).status == 200
 
 
 @pytest.mark.parametrize("took_s", [6, 60], ids=["its deadline", "its lease"])
