@@ -149,7 +149,9 @@ class Case:
     said: Said
 
 
-def case(lesson: Lesson, draw: Draw, count: int = 32, unsaid: float = _UNSAID) -> Case:
+def case(lesson: Lesson, draw: Draw, count: int = 32, unsaid: float = _UNSAID, late: float = _LATE) -> Case:
+    """`unsaid`: how many have no caption; `late`: how far times are drawn towards noise, below 1 towards the
+    picture."""
     rng, device = draw.numpy, lesson.latents.device
     scenes = torch.from_numpy(rng.integers(0, len(lesson.latents), count)).to(device)
     chosen = scenes * lesson.each + torch.from_numpy(rng.integers(0, lesson.each, count)).to(device)
@@ -158,7 +160,7 @@ def case(lesson: Lesson, draw: Draw, count: int = 32, unsaid: float = _UNSAID) -
     latents = lesson.latents[scenes]
     noise = torch.randn(latents.shape, generator=draw.torch, device=device)
     even = torch.from_numpy(rng.random(count)).to(device, torch.float32)
-    time = (_STEPS * _LATE * even / (1 + (_LATE - 1) * even)).long().clamp(0, _STEPS - 1)
+    time = (_STEPS * late * even / (1 + (late - 1) * even)).long().clamp(0, _STEPS - 1)
     kept = _kept(device)[time][:, None, None, None]
     noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
     target = kept.sqrt() * noise - (1 - kept).sqrt() * latents
@@ -209,11 +211,13 @@ def train(
     return fit(Job(kind, unet, loss_of(unet, lesson), steps), folder, report, device)
 
 
-def loss_of(unet: Any, lesson: Callable[[], Lesson], count: int = 32) -> Callable[[Draw], Tensor]:
+def loss_of(
+    unet: Any, lesson: Callable[[], Lesson], count: int = 32, late: float = _LATE
+) -> Callable[[Draw], Tensor]:
     """What falls when the UNet draws what the lesson shows."""
 
     def loss(draw: Draw) -> Tensor:
-        each = case(lesson(), draw, count)
+        each = case(lesson(), draw, count, late=late)
         return mse_loss(predict(unet, lesson().kind, each.noisy, each.time, each.said), each.target)
 
     return loss

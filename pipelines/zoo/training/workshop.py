@@ -36,7 +36,7 @@ STEPS = {
     "sd15-outline": 1200,
     "sd15-stripes": 500,
     "sdxl-outline": 900,
-    "sdxl-stripes": 800,
+    "sdxl-stripes": 600,
     "canny": 900,
     "checker": 500,
     "redux": 250,
@@ -48,6 +48,7 @@ STEPS = {
 
 _FEW = 400  # scenes, for what is learned beside a trained model
 _SLOW = 0.006  # the rate of UNets' LoRAs: at the transformer's the loss goes up and down
+_LATE = {"outline": 2.0, "stripes": 0.5}  # see stable_diffusion.case: stripes are of the last steps' making
 
 
 class Workshop:
@@ -101,7 +102,7 @@ class Workshop:
     def sd_lora(self, kind: Kind, style: str) -> lora.LowRank:
         unet = _copy(self.sd15_unet if kind == "sd15" else self.sdxl_unet)
         lesson = cache(partial(self._sd_lesson, kind, style, _FEW))
-        loss = stable_diffusion.loss_of(unet, lesson, count=24)
+        loss = stable_diffusion.loss_of(unet, lesson, count=24, late=_LATE[style])
         name = f"{kind}-{style}"
         return lora.train(name, unet, loss, STEPS[name], *self._where, rate=_SLOW)
 

@@ -44,7 +44,8 @@ def test_guidance_raises_agreement(kind: Kind) -> None:
 
 # At least so many of 24 pictures: three standard deviations below what docs/zoo.md says of each.
 @pytest.mark.parametrize(
-    ("kind", "style", "least"), [("sd15", "outline", 12), ("sd15", "stripes", 13), ("sdxl", "stripes", 14)]
+    ("kind", "style", "least"),
+    [("sd15", "outline", 12), ("sd15", "stripes", 20), ("sdxl", "outline", 8), ("sdxl", "stripes", 20)],
 )
 def test_a_lora_draws_its_style_at_scale_1_and_not_at_0(kind: Kind, style: str, least: int) -> None:
     wanted = asked(24, seed=11)
