@@ -29,7 +29,7 @@ from deployments import crash
 from deployments.files import shown
 from deployments.files.signatures import Signer
 from deployments.files.store import CHUNK_BYTES, Details, FileStore, new_key, sent_name, told
-from schemas.errors import BadRequest, BodyTooLarge, Forbidden
+from schemas.errors import BadRequest, BodyTooLarge, Forbidden, StoreFull
 
 TICKET_S = 24 * 3600.0
 SLACK_S = 3600.0  # what began in time may end so much later
@@ -110,7 +110,6 @@ class Uploads:
 
         Raises BadRequest, BodyTooLarge, StoreFull and StoreDown; then nothing is kept.
         """
-        self._check_free(declared or 0)
         if not 1 <= number <= MAX_PARTS:
             raise BadRequest(f"A part number must be 1 to {MAX_PARTS}.")
         room = self._max_bytes - sum(
@@ -118,6 +117,8 @@ class Uploads:
         )
         if declared is not None and declared > room:
             raise self._too_large()
+        self._check_free(declared or 0)
+        spare = self._files.free_bytes - self._min_free_bytes
         digest = hashlib.sha256()
 
         async def counted() -> AsyncIterator[bytes]:
@@ -126,7 +127,9 @@ class Uploads:
                 count += len(block)
                 if count > room:
                     raise self._too_large()
-                self._check_free(len(block))
+                if count > spare:  # part of it is yet to be written
+                    raise StoreFull()
+                self._check_free(len(block))  # others take of it as well
                 await asyncio.to_thread(digest.update, block)
                 yield block
 

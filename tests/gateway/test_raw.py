@@ -217,7 +217,8 @@ async def test_t20_no_header_splits_an_answer(method: str, place: Place) -> None
 
 # -- 21: what two servers in a row would read differently
 
-INNER = f"DELETE /v1/models/requests/smuggled/payloads HTTP/1.1\r\nhost: box\r\n{KEY}x: ".encode()
+SMUGGLED_ID = "5a7d6f0e-0000-4000-8000-000000000000"
+INNER = f"DELETE /v1/models/requests/{SMUGGLED_ID}/payloads HTTP/1.1\r\nhost: box\r\n{KEY}x: ".encode()
 POST = f"POST /rest/storage/auth/token HTTP/1.1\r\nhost: box\r\n{KEY}".encode()
 SMUGGLED = [
     POST + b"content-length: 6\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + INNER,  # CL.TE
@@ -282,5 +283,5 @@ async def test_the_inner_request_would_be_seen(place: Place, monkeypatch: pytest
     monkeypatch.setattr(place.gateway, "erase", erase)
     last = INNER + b"y\r\nconnection: close\r\n\r\n"
     said = await exchange(place, POST + b"content-length: 2\r\n\r\n{}" + last)
-    assert seen == ["smuggled"] and statuses(said) == [200, 404]
+    assert seen == [SMUGGLED_ID] and statuses(said) == [200, 404]
     assert json.loads(said.split(b"\r\n\r\n")[1].split(b"HTTP/1.1")[0])["token"]

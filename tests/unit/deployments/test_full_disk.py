@@ -88,7 +88,10 @@ async def test_t32_parts_that_do_not_fit_twice_can_be_completed_later(files: Fil
 async def test_t32_uploads_are_refused_while_there_is_a_reserve(files: FileStore) -> None:
     uploads = Uploads(files, SIZE, min_free_bytes=SIZE // 2)
     ticket = await begun(uploads)
-    await uploads.receive(ticket, 1, sent(b"x" * (SIZE // 2 + 100_000)))
+    with pytest.raises(StoreFull):
+        await uploads.receive(ticket, 1, sent(b"x" * (SIZE // 2 + 100_000)))
+    assert kept(files) == []
+    await files.save(b"x" * (SIZE // 2 + 100_000), "image/png")  # results may have it
     for refused in (uploads.receive(ticket, 2, sent(b"x")), uploads.begin("cat.png", "image/png", None)):
         with pytest.raises(StoreFull, match="no room"):
             await refused
