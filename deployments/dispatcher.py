@@ -99,6 +99,7 @@ class Dispatcher:
         self._runs: dict[str, Run] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._next_sweep = 0.0  # by the queue's clock
+        self._is_closing = False
         self._gauges = Gauges()
 
     async def configure(self, catalogue: Catalogue) -> None:
@@ -121,19 +122,23 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Stop, and give back what runs: another dispatcher takes it at once."""
-        for loop in self._loops:
-            loop.cancel()
+        self._is_closing = True
+        self._queue.wake()
         if self._loops:
-            await asyncio.wait(self._loops)
+            dispatching, renewing = self._loops
+            renewing.cancel()
+            await asyncio.wait((dispatching, renewing))
         self._forget()
         for run in list(self._runs.values()):
             await self._stop(run)
 
     async def _dispatch(self) -> None:
-        """Look, act, wait for a change; for ever."""
+        """Look, act, wait for a change; until closing, for a look that is left off may have claimed."""
         pause, was_away = 0.0, False
         while True:
             await self._queue.changed(pause)
+            if self._is_closing:
+                return
             try:
                 if was_away:  # its leases have lapsed perhaps, which a look would take for a lost worker
                     await self._beat()

@@ -751,6 +751,33 @@ async def test_a_job_that_no_worker_begins_in_time_fails_at_its_start_deadline(
     await asyncio.wait_for(model.stopped.wait(), 10)
 
 
+async def test_what_is_claimed_while_the_dispatcher_closes_goes_to_another_at_once(
+    queue: Queue, make_dispatcher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, claimed, told = queue.claim, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any) -> list[Claim]:
+        claims = await claim(*args)
+        if claims:
+            claimed.set()
+            await told.wait()
+        return claims
+
+    monkeypatch.setattr(queue, "claim", slow)
+    dispatcher, job = await make_dispatcher(), make_job()
+    await queue.submit(job)
+    await asyncio.wait_for(claimed.wait(), 10)
+    closing = asyncio.create_task(dispatcher.close())
+    await asyncio.sleep(0)  # it has begun
+    told.set()
+    await closing
+    record = await queue.get(job.request_id, job.tenant)
+    assert record is not None
+    assert record.state == State.QUEUED
+    [again] = await claim("flux", "another", 1)
+    assert (again.job.request_id, again.attempt) == (job.request_id, 1)
+
+
 async def test_a_request_that_cannot_be_ended_stops_no_other(
     queue: Queue, make_dispatcher: Make, model: ScriptedModel, clock: Clock
 ) -> None:
